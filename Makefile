@@ -1,0 +1,36 @@
+# Two commands do all set-up: `make demo` and `make test`. They share one virtual environment, .venv, filled once from
+# the pinned requirements.lock; afterwards everything here works offline.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test lint bench clean
+
+demo: $(READY)
+	@mkdir -p build
+	$(BIN)/adaptinfer ask examples/scene.png "What colour is the star?" --budget 0.22 --compare --overlay build/demo.png
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --warnings
+
+bench: $(READY)
+	$(BIN)/python benchmarks/prefill.py
+	$(BIN)/python benchmarks/embedded_accuracy.py
+
+$(READY): requirements.lock pyproject.toml
+	@echo "Setting up $(VENV) (once; about 1.5 GB, some minutes)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) build

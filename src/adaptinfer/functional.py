@@ -1,0 +1,205 @@
+"""AdaptInfer in one page: score, selection and the attention rows they need, as pure functions on tensors.
+
+No model, no state, no host synchronisation lives here; the engine calls these functions inside a decoder layer.
+
+Names: B batch, H attention heads, K key/value heads, T text rows (the prompt after the last vision token), V vision
+tokens still alive, N tokens of the layer's input, L key columns, D head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "attention_rows",
+    "counter_uniform",
+    "gather_tokens",
+    "positions_of",
+    "scatter_tokens",
+    "select_top_k",
+    "text_guided_score",
+    "top_k_mask",
+]
+
+
+def text_guided_score(
+    text_to_text: Tensor,
+    text_to_vision: Tensor,
+    prior_weight: float = 1.0,
+    text_mask: Tensor | None = None,
+) -> Tensor:
+    """How much each vision token matters to the question, at the depth at which the attention was taken.
+
+    AdaptInfer's dynamic text guidance (arXiv 2508.06084, section 3). Per head, the symmetrised text-to-text attention
+    S = A + Aᵀ - diag(A) gives every text token a weight w_j = Σ_i S_ij (the soft prior), and a vision token's score is
+    the text-to-vision attention weighed by it, summed over heads and text tokens. Nothing is normalised.
+
+    Args:
+        text_to_text: post-softmax causal attention between text tokens, [B, H, T, T] (rows are queries).
+        text_to_vision: post-softmax attention of the same rows to the vision tokens, [B, H, T, V].
+        prior_weight: λ in [0, 1]; S is replaced by λ S + (1 - λ) mean(S). 1 is the paper's setting, 0 a uniform prior.
+        text_mask: bool [B, T], False where a text row is padding; None means that all rows are real.
+
+    Returns:
+        float32 scores, [B, V].
+
+    Raises:
+        ValueError: shapes do not fit together, or ``prior_weight`` lies outside [0, 1].
+    """
+    if not 0.0 <= prior_weight <= 1.0:
+        raise ValueError(f"prior_weight: must lie in [0, 1], not {prior_weight!r}")
+    batch, heads, rows, columns = text_to_text.shape
+    if rows != columns or text_to_vision.shape[:3] != (batch, heads, rows):
+        raise ValueError(
+            f"text_to_text must be [B, H, T, T] and text_to_vision [B, H, T, V]; "
+            f"got {tuple(text_to_text.shape)} and {tuple(text_to_vision.shape)}"
+        )
+    attention = text_to_text.float()
+    if text_mask is not None:
+        attention = attention * (text_mask[:, None, :, None] & text_mask[:, None, None, :])
+    symmetric = attention + attention.transpose(2, 3) - torch.diag_embed(attention.diagonal(dim1=2, dim2=3))
+    prior = prior_weight * symmetric.sum(dim=2)
+    if prior_weight < 1.0:
+        real_rows = rows if text_mask is None else text_mask.sum(dim=1).clamp(min=1)[:, None, None]
+        mean = symmetric.sum(dim=(1, 2, 3), keepdim=True)[..., 0] / (heads * real_rows**2)
+        prior = prior + (1.0 - prior_weight) * mean * real_rows
+    if text_mask is not None:
+        prior = prior * text_mask[:, None, :]
+    return torch.einsum("bht,bhtv->bv", prior, text_to_vision.float())
+
+
+def attention_rows(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+    """Post-softmax attention of a few query rows; grouped-query heads are handled without repeating the keys.
+
+    Args:
+        query: the wanted rows after rotary embedding, [B, H, T, D].
+        key: all keys after rotary embedding, [B, K, L, D], H a multiple of K.
+        scaling: factor on the dot products.
+        mask: what each row may see, [B or 1, 1, T, L]: bool (True = attend) or additive float; None sees everything.
+
+    Returns:
+        float32 attention, [B, H, T, L]; the softmax is taken in float32 whatever the model's dtype.
+    """
+    batch, heads, rows, dim = query.shape
+    kv_heads, columns = key.shape[1], key.shape[2]
+    grouped = (query * scaling).reshape(batch, kv_heads, heads // kv_heads * rows, dim)
+    logits = torch.matmul(grouped, key.transpose(2, 3)).float().view(batch, heads, rows, columns)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            # A finite floor: a row that may see nothing (padding) stays finite instead of becoming NaN.
+            logits = logits.masked_fill(~mask, torch.finfo(torch.float32).min)
+        else:
+            logits = logits + mask.float()
+    return logits.softmax(dim=-1)
+
+
+def top_k_mask(score: Tensor, candidates: Tensor, k: int | Tensor) -> Tensor:
+    """Mark the k best candidates of each row; of equal scores the earlier token wins.
+
+    Args:
+        score: [B, N], any float dtype.
+        candidates: bool [B, N]; only these can be chosen.
+        k: how many to choose: one number, or an integer tensor [B, 1]. At most the number of candidates is chosen.
+
+    Returns:
+        bool [B, N].
+    """
+    ranked = score.masked_fill(~candidates, float("-inf")).sort(dim=1, descending=True, stable=True).indices
+    chosen = (torch.arange(score.shape[1], device=score.device) < k).expand_as(ranked)
+    return torch.zeros_like(candidates).scatter(1, ranked, chosen) & candidates
+
+
+def positions_of(mask: Tensor, count: int) -> Tensor:
+    """Ascending positions of the marked tokens, as a rectangle.
+
+    Args:
+        mask: bool [B, N] with at most ``count`` True per row.
+        count: columns of the result. A row with fewer marked tokens is filled up with its first unmarked positions;
+            ``mask.gather(1, positions)`` tells which are real.
+
+    Returns:
+        int64 [B, count], each row ascending and without repeats.
+    """
+    marked_first = mask.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices
+    return marked_first[:, :count].sort(dim=1).values
+
+
+def select_top_k(score: Tensor, k: int) -> Tensor:
+    """Positions of the k largest scores of each row, ascending; of equal scores the earlier token wins.
+
+    Args:
+        score: [B, V].
+        k: 0 <= k <= V.
+
+    Returns:
+        int64 [B, k].
+
+    Raises:
+        ValueError: k is out of range.
+    """
+    if not 0 <= k <= score.shape[1]:
+        raise ValueError(f"k: must lie between 0 and the {score.shape[1]} tokens scored, not {k}")
+    return positions_of(top_k_mask(score, torch.ones_like(score, dtype=torch.bool), k), k)
+
+
+def gather_tokens(tensor: Tensor, index: Tensor, dim: int, batch_dim: int = 0) -> Tensor:
+    """Take each sample's own tokens along one dimension.
+
+    Args:
+        tensor: any shape with the batch (or a 1 to broadcast) in ``batch_dim`` and tokens in ``dim``.
+        index: int64 [B, n], positions along ``dim``.
+        dim: non-negative dimension of the tokens.
+        batch_dim: non-negative dimension of the batch.
+
+    Returns:
+        ``tensor`` with ``dim`` of size n and ``batch_dim`` of size B.
+    """
+    batch, count = index.shape
+    index = index.to(tensor.device)  # accelerate may have moved the layer's inputs to another device
+    if tensor.shape[batch_dim] == 1:
+        if batch == 1:
+            return tensor.index_select(dim, index[0])
+        tensor = tensor.expand(*(batch if axis == batch_dim else size for axis, size in enumerate(tensor.shape)))
+    view = [1] * tensor.ndim
+    view[batch_dim], view[dim] = batch, count
+    shape = list(tensor.shape)
+    shape[dim] = count
+    return tensor.gather(dim, index.view(view).expand(shape))
+
+
+def scatter_tokens(tensor: Tensor, index: Tensor, length: int, valid: Tensor | None = None) -> Tensor:
+    """Put tokens back at their places in a longer sequence of zeros; the inverse of a gather along dimension 1.
+
+    Args:
+        tensor: [B, n, ...].
+        index: int64 [B, n], positions in the result.
+        length: tokens of the result.
+        valid: bool [B, n]; invalid tokens are written as zeros.
+
+    Returns:
+        [B, length, ...].
+    """
+    index = index.to(tensor.device)
+    trailing = (1,) * (tensor.ndim - 2)
+    if valid is not None:
+        tensor = tensor.masked_fill(~valid.to(tensor.device).view(*valid.shape, *trailing), 0)
+    out = tensor.new_zeros(tensor.shape[0], length, *tensor.shape[2:])
+    return out.scatter_(1, index.view(*index.shape, *trailing).expand_as(tensor), tensor)
+
+
+def counter_uniform(count: int, seed: int, stream: int, device: torch.device | str = "cpu") -> Tensor:
+    """Uniform numbers from a counter: entry i depends on (seed, stream, i) alone, on every device and for every count.
+
+    A hash instead of a generator, so that a prompt gets the same random choice alone and in a batch, where rows of
+    different length share one tensor. The mixing function is the 32-bit finaliser of MurmurHash3.
+
+    Returns:
+        float32 [count] in [0, 1).
+    """
+    mask = 0xFFFFFFFF
+    start = (seed * 0x9E3779B1 + stream * 0x85EBCA77) & mask
+    value = (torch.arange(count, device=device, dtype=torch.int64) * 0x27D4EB2F + start) & mask
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        value = ((value ^ (value >> shift)) * factor) & mask
+    return (value >> 8).float() / float(1 << 24)
