@@ -1,0 +1,1 @@
+"""The one room that knows transformers: prompt layout, layer hooks, scoring tap, caches and masks, families, report."""

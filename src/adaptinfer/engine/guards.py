@@ -1,0 +1,123 @@
+"""What is refused, before any work, each with what to do instead."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from adaptinfer.engine.cache import cache_argument, check_cache
+from adaptinfer.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["arguments_of", "check_forward", "check_generate"]
+
+_ESCAPE = "or run this call inside adaptinfer.disabled(model)"
+
+
+def arguments_of(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by name, whichever way they were passed."""
+    if not args:
+        return kwargs
+    bound = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
+    return {**bound, **bound.pop("kwargs", {})}
+
+
+def check_generate(model: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse ways of decoding that pruning would get wrong or does not support yet.
+
+    Raises:
+        UnsupportedError: naming the argument.
+    """
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+
+    def setting(name: str) -> Any:
+        value = kwargs.get(name)
+        return getattr(config, name, None) if value is None else value
+
+    if kwargs.get("inputs_embeds") is not None and kwargs.get("input_ids", kwargs.get("inputs")) is None:
+        raise UnsupportedError(_NO_IDS)
+    if setting("use_cache") is False:
+        raise UnsupportedError(
+            "use_cache=False in generate would prune anew at every token, with the answer taken for the question; "
+            f"leave use_cache on, {_ESCAPE}"
+        )
+    if setting("prefill_chunk_size"):
+        raise UnsupportedError(
+            "chunked prefill (prefill_chunk_size) splits the image from its question, which then cannot guide the "
+            f"pruning; leave it unset, {_ESCAPE}"
+        )
+    implementation = setting("cache_implementation")
+    if implementation not in (None, "dynamic"):
+        raise UnsupportedError(
+            f"cache_implementation={implementation!r} cannot hold layers of different length; leave it unset, {_ESCAPE}"
+        )
+    if setting("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
+        raise UnsupportedError(
+            f"assisted decoding (assistant_model, prompt_lookup_num_tokens) is not supported yet; leave it off, {_ESCAPE}"
+        )
+    for flag in ("output_attentions", "output_hidden_states"):
+        if setting(flag):
+            raise UnsupportedError(_outputs_of_different_length(flag))
+    cache = cache_argument(kwargs)
+    if cache is not None:
+        check_cache(cache)
+
+
+def check_forward(model: Any, arguments: dict[str, Any]) -> None:
+    """Refuse a forward call whose vision tokens are about to be pruned, if the result would be wrong.
+
+    Raises:
+        UnsupportedError: naming the argument.
+    """
+    if model.training:
+        raise UnsupportedError(f"the model is in training mode; call model.eval() first, {_ESCAPE}")
+    config = model.config.get_text_config()
+    for flag in ("output_attentions", "output_hidden_states"):
+        wanted = arguments.get(flag)
+        if getattr(config, flag, False) if wanted is None else wanted:
+            raise UnsupportedError(_outputs_of_different_length(flag))
+    mask = arguments.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        raise UnsupportedError(
+            f"pruning needs a two-dimensional attention_mask [batch, tokens] (or none), {_ESCAPE}; "
+            "static caches prepare other masks and are not supported"
+        )
+
+
+def check_labels(arguments: dict[str, Any]) -> None:
+    """Refuse a loss over a prompt whose tokens are partly gone.
+
+    Raises:
+        UnsupportedError: ``labels`` were passed.
+    """
+    if arguments.get("labels") is not None:
+        raise UnsupportedError(f"labels: a loss over pruned tokens is not defined; leave labels out, {_ESCAPE}")
+
+
+_NO_IDS = (
+    "inputs_embeds without input_ids do not tell which tokens are vision tokens; pass input_ids and pixel_values, "
+    f"{_ESCAPE}"
+)
+
+
+def check_ids(arguments: dict[str, Any]) -> Tensor:
+    """The token ids of a call.
+
+    Raises:
+        UnsupportedError: only embeddings were passed.
+    """
+    ids = arguments.get("input_ids")
+    if ids is None:
+        raise UnsupportedError(_NO_IDS)
+    return ids
+
+
+def _outputs_of_different_length(flag: str) -> str:
+    return (
+        f"{flag}: layers of a pruned model return different numbers of tokens, and attention outputs would switch the "
+        f"fast attention off; leave it off, {_ESCAPE}"
+    )

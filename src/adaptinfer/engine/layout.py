@@ -1,0 +1,86 @@
+"""Where the vision and the guiding text tokens stand in a prompt, read from its token ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaptinfer.errors import UnsupportedError
+from adaptinfer.functional import positions_of
+
+__all__ = ["PromptLayout", "read_layout"]
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """The new tokens of one forward call, [B, N]; counts are known on the host, so that all shapes are.
+
+    Attributes:
+        vision: bool [B, N], the vision tokens.
+        text: bool [B, N], the tokens after the last vision token of each row (they guide); never padding.
+        real: bool [B, N] or None; False is padding, None means that there is none.
+        vision_counts: vision tokens of each row.
+        text_counts: guiding tokens of each row.
+        real_counts: tokens of each row without padding.
+    """
+
+    vision: Tensor
+    text: Tensor
+    real: Tensor | None
+    vision_counts: tuple[int, ...]
+    text_counts: tuple[int, ...]
+    real_counts: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """N, padding included."""
+        return self.vision.shape[1]
+
+
+def read_layout(input_ids: Tensor, attention_mask: Tensor | None, placeholders: tuple[int, ...]) -> PromptLayout:
+    """Find vision and guiding text tokens by the placeholder ids; several images and text between them are fine.
+
+    This is the one place of a pruned forward that reads a tensor on the host: three integers a row, before the first
+    decoder layer. Everything behind it has static shapes.
+
+    Args:
+        input_ids: int64 [B, N], the new tokens of this call.
+        attention_mask: [B, P + N], 0 is padding, P tokens being cached already; None means no padding.
+        placeholders: token ids that stand for vision tokens.
+
+    Raises:
+        UnsupportedError: a row has vision tokens and no text after them, so that nothing could guide.
+    """
+    vision = input_ids == placeholders[0]
+    for token in placeholders[1:]:
+        vision = vision | (input_ids == token)
+    length = input_ids.shape[1]
+    positions = torch.arange(length, device=input_ids.device)
+    last = torch.where(vision, positions, -1).amax(dim=1, keepdim=True)
+    real = None
+    if attention_mask is not None:
+        real = attention_mask[:, -length:].to(device=input_ids.device, dtype=torch.bool)
+    text = positions > last
+    if real is not None:
+        text = text & real
+        real_count = real.sum(dim=1)
+    else:
+        real_count = torch.full_like(last[:, 0], length)
+    counts = torch.stack([vision.sum(dim=1), text.sum(dim=1), real_count]).tolist()
+    vision_counts, text_counts, real_counts = (tuple(row) for row in counts)
+    for row, (count, guides) in enumerate(zip(vision_counts, text_counts, strict=True)):
+        if count and not guides:
+            raise UnsupportedError(
+                f"sample {row} has {count} vision tokens and no text after them, so no question can guide the pruning; "
+                "put the question after the image, pass image and question in one call (no chunked prefill), or run "
+                "this call inside adaptinfer.disabled(model)"
+            )
+    return PromptLayout(vision, text, real, vision_counts, text_counts, real_counts)
+
+
+def rectangle(mask: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+    """Positions of the marked tokens, [B, max(counts)], and which of them are real (None: all)."""
+    index = positions_of(mask, max(counts))
+    return index, None if min(counts) == max(counts) else mask.gather(1, index)

@@ -1,0 +1,81 @@
+"""What a pruner sees of the layer in which it scores: queries, keys and who is who among the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from adaptinfer.functional import attention_rows, gather_tokens
+
+__all__ = ["StageView", "rows_of_mask"]
+
+
+@dataclass(frozen=True)
+class StageView:
+    """One pruning layer during one prefill. Attention is computed on demand, for the text rows only (T x L).
+
+    Attributes:
+        layer: the decoder layer, from 0.
+        stage: the stage's number in the schedule, from 0.
+        query: [B, H, N, D] after rotary embedding; N tokens entered the layer.
+        key: [B, K, P + N, D] after rotary embedding; P entries were in the layer's cache before.
+        mask: the layer's own mask for these queries, [B, 1, N, P + N] (bool or additive), None if plainly causal.
+        scaling: the layer's factor on the dot products.
+        text_index: int64 [B, T], the guiding text tokens among the N.
+        text_mask: bool [B, T], False where a row of the batch has fewer; None if none has.
+        vision_index: int64 [B, V], the vision tokens among the N.
+        vision_mask: bool [B, V] likewise.
+    """
+
+    layer: int
+    stage: int
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    scaling: float
+    text_index: Tensor
+    text_mask: Tensor | None
+    vision_index: Tensor
+    vision_mask: Tensor | None
+
+    @property
+    def past(self) -> int:
+        """P, cached entries before the layer's new tokens."""
+        return self.key.shape[2] - self.query.shape[2]
+
+    @cached_property
+    def text_attention(self) -> Tensor:
+        """Post-softmax attention of the text rows over all keys, float32 [B, H, T, P + N]."""
+        rows = gather_tokens(self.query, self.text_index, dim=2)
+        mask = rows_of_mask(self.mask, self.text_index, self.past, self.key.shape[2])
+        return attention_rows(rows, self.key, self.scaling, mask)
+
+    @cached_property
+    def text_to_text(self) -> Tensor:
+        """Attention between the text tokens, float32 [B, H, T, T]."""
+        return gather_tokens(self.text_attention, self.past + self.text_index, dim=3)
+
+    @cached_property
+    def text_to_vision(self) -> Tensor:
+        """Attention of the text rows to the vision tokens, float32 [B, H, T, V]."""
+        return gather_tokens(self.text_attention, self.past + self.vision_index, dim=3)
+
+
+def rows_of_mask(mask: Tensor | None, rows: Tensor, past: int, columns: int) -> Tensor:
+    """The mask of some query rows.
+
+    Args:
+        mask: [B or 1, 1, N, L] or None for a plainly causal layer.
+        rows: int64 [B, n], the wanted rows among the N.
+        past: cached entries before the N new ones.
+        columns: L.
+
+    Returns:
+        [B, 1, n, L]; bool (True = attend) where ``mask`` is None, else as ``mask``.
+    """
+    if mask is not None:
+        return gather_tokens(mask, rows, dim=2)
+    return (torch.arange(columns, device=rows.device) <= rows[..., None] + past)[:, None]

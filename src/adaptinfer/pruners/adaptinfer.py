@@ -1,0 +1,53 @@
+"""AdaptInfer: the layer's own text-to-text attention weighs its text-to-vision attention (arXiv 2508.06084)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar
+
+from adaptinfer.functional import text_guided_score
+from adaptinfer.pruners.base import Pruner, PrunerError
+from adaptinfer.schedule import preset
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptinfer.engine.stage import StageView
+
+__all__ = ["AdaptInfer"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptInfer(Pruner):
+    """Dynamic text-guided pruning.
+
+    Attributes:
+        prior_weight: λ of the soft prior over text tokens; 1 is the paper's setting, 0 weighs all text tokens alike.
+    """
+
+    name: ClassVar[str] = "adaptinfer"
+    reference: ClassVar[str] = "arXiv 2508.06084"
+
+    prior_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.prior_weight <= 1.0:
+            raise PrunerError(f"prior_weight: must lie in [0, 1], not {self.prior_weight!r}")
+
+    @classmethod
+    def paper(cls, nominal: int | str, model: str = "llava-1.5-7b") -> AdaptInfer:
+        """The published configuration: schedule by the paper's own label, and positions as the authors' code has them.
+
+        Args:
+            nominal: the paper's budget label (128, 64, 48 or 32 for LLaVA-1.5-7B); the true average is larger.
+            model: whose published schedule.
+
+        Raises:
+            ScheduleError: nothing of that name was published.
+        """
+        positions = "compact" if model.startswith("llava") else "keep"
+        return cls(schedule=preset(f"{model}/{nominal}"), positions=positions)
+
+    def score(self, view: StageView) -> Tensor:
+        return text_guided_score(view.text_to_text, view.text_to_vision, self.prior_weight, view.text_mask)

@@ -1,0 +1,64 @@
+"""A pruner as a small JSON file, ``adaptinfer_config.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from adaptinfer.pruners.base import Pruner, PrunerError
+from adaptinfer.schedule import Schedule
+
+__all__ = ["CONFIG_NAME", "from_pretrained", "save"]
+
+CONFIG_NAME = "adaptinfer_config.json"
+_FORMAT, _VERSION = "adaptinfer.pruner", 1
+
+
+def save(pruner: Pruner, path: str | Path) -> None:
+    """Write a pruner into the folder ``path`` (made if missing)."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {field.name: getattr(pruner, field.name) for field in dataclasses.fields(pruner)}
+    if pruner.schedule is not None:
+        settings["schedule"] = json.loads(pruner.schedule.to_json())
+    content = {"format": _FORMAT, "version": _VERSION, "method": pruner.name, **settings}
+    (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def from_pretrained(path: str | Path) -> Pruner:
+    """Read the pruner that `Pruner.save_pretrained` wrote.
+
+    Args:
+        path: the folder, or the file itself.
+
+    Raises:
+        PrunerError: no such file, not such a file, an unknown method or setting, or a newer version.
+        ScheduleError: its schedule is malformed.
+    """
+    from adaptinfer.pruners import METHODS
+
+    file = Path(path)
+    file = file / CONFIG_NAME if file.is_dir() else file
+    try:
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise PrunerError(f"{file}: cannot be read ({error})") from None
+    except json.JSONDecodeError as error:
+        raise PrunerError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+        raise PrunerError(f"{file}: format: not an AdaptInfer pruner (expected {_FORMAT!r})")
+    version = content.pop("version", None)
+    if version != _VERSION:
+        raise PrunerError(f"{file}: version: {version!r} is not readable here ({_VERSION} is); upgrade adaptinfer")
+    name = content.pop("method", None)
+    if name not in METHODS:
+        raise PrunerError(f"{file}: method: unknown {name!r}; known are {', '.join(METHODS)}")
+    method = METHODS[name]
+    unknown = set(content) - {field.name for field in dataclasses.fields(method)}
+    if unknown:
+        raise PrunerError(f"{file}: {sorted(unknown)[0]}: no setting of {name}")
+    if content.get("schedule") is not None:
+        content["schedule"] = Schedule.from_json(json.dumps(content["schedule"]))
+    return method(**content)

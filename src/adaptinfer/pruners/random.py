@@ -1,0 +1,34 @@
+"""The control that every method must beat: vision tokens chosen at random."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar
+
+from adaptinfer.functional import counter_uniform
+from adaptinfer.pruners.base import Pruner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptinfer.engine.stage import StageView
+
+__all__ = ["Random"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Random(Pruner):
+    """Keep vision tokens at random: the same ones for the same seed, alone or in a batch, on every device.
+
+    Attributes:
+        seed: change it from sample to sample when measuring, for the choice depends on nothing else.
+    """
+
+    name: ClassVar[str] = "random"
+    reference: ClassVar[str] = "control"
+
+    seed: int = 0
+
+    def score(self, view: StageView) -> Tensor:
+        batch, count = view.vision_index.shape
+        return counter_uniform(count, self.seed, view.stage, view.vision_index.device).expand(batch, count)
