@@ -87,6 +87,11 @@ class Oracle:
             inputs = grown(inputs, tokens[-1][:, None])
         return torch.stack(tokens, dim=1), torch.stack(logits, dim=1)
 
+    def generate_with(self, inputs, **options):
+        """transformers' own generate on the masked model, without a cache."""
+        with self._masked():
+            return self.model.generate(**inputs, use_cache=False, **options)
+
     @torch.no_grad()
     def _run(self, inputs, **kwargs):
         inputs = dict(inputs)
@@ -108,6 +113,7 @@ class Oracle:
                 alive = self.alive[settled[-1]]
                 total = args[0].shape[1]
                 alive = torch.nn.functional.pad(alive, (0, total - alive.shape[1]), value=True)
+                alive = alive.repeat_interleave(args[0].shape[0] // alive.shape[0], dim=0)  # beams
                 floor = torch.finfo(kwargs["attention_mask"].dtype).min
                 kwargs["attention_mask"] = kwargs["attention_mask"].masked_fill(~alive[:, None, None, :], floor)
                 if self.positions == "compact":

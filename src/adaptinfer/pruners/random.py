@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
 from adaptinfer.functional import counter_uniform
-from adaptinfer.pruners.base import Pruner
+from adaptinfer.pruners.base import Pruner, PrunerError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,11 @@ class Random(Pruner):
     reference: ClassVar[str] = "control"
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise PrunerError(f"seed: must be an integer, not {self.seed!r}")
 
     def score(self, view: StageView) -> Tensor:
         batch, count = view.vision_index.shape

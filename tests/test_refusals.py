@@ -1,0 +1,203 @@
+"""What is refused: one clear error, before any work, that says what to do instead."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from transformers import CLIPVisionModel, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+import adaptinfer
+from adaptinfer import AdaptInfer, PrunerError, Random, Schedule, ScheduleError, Stage, UnsupportedError, attach
+
+STAGES = Schedule((Stage(1, 20), Stage(3, 6)), tiny.LAYERS)
+
+
+@pytest.fixture
+def attached(models):
+    model = models("llava")
+    with attach(model, AdaptInfer(schedule=STAGES)):
+        yield model
+
+
+@pytest.fixture
+def inputs():
+    return tiny.batch("llava", [tiny.simple("llava")])
+
+
+def refuses(model, message, call):
+    """The call is refused before the first decoder layer, and the model still works afterwards."""
+    layers_run = []
+    hook = model.get_decoder().layers[0].register_forward_pre_hook(lambda *_: layers_run.append(1))
+    try:
+        with pytest.raises(UnsupportedError, match=message):
+            call()
+        assert not layers_run, "work was done before the refusal"
+    finally:
+        hook.remove()
+    inputs = tiny.batch("llava", [tiny.simple("llava")])
+    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("use_cache=False in generate", {"use_cache": False}),
+        ("chunked prefill", {"prefill_chunk_size": 16}),
+        ("cache_implementation='static'", {"cache_implementation": "static"}),
+        ("cache_implementation='offloaded'", {"cache_implementation": "offloaded"}),
+        ("assisted decoding", {"prompt_lookup_num_tokens": 3}),
+        ("output_attentions", {"output_attentions": True, "return_dict_in_generate": True}),
+        ("output_hidden_states", {"output_hidden_states": True, "return_dict_in_generate": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_ways_of_generating(attached, inputs, message, options):
+    refuses(attached, message, lambda: attached.generate(**inputs, max_new_tokens=3, **options))
+    config = attached.generation_config.__class__(max_new_tokens=3, pad_token_id=0, **options)
+    refuses(attached, message, lambda: attached.generate(**inputs, generation_config=config))
+
+
+def test_a_static_cache_object(attached, inputs):
+    cache = StaticCache(config=attached.config.get_text_config(), max_cache_len=128)
+    refuses(attached, "StaticLayer", lambda: attached.generate(**inputs, max_new_tokens=3, past_key_values=cache))
+    refuses(attached, "StaticLayer", lambda: attached(**inputs, past_key_values=cache))
+
+
+def test_an_offloaded_cache_object(attached, inputs, monkeypatch):
+    cache = DynamicCache()
+    cache.offloading = True
+    refuses(attached, "an offloaded cache", lambda: attached(**inputs, past_key_values=cache))
+
+
+def test_embeddings_without_ids(attached, inputs):
+    embeddings = attached.get_input_embeddings()(inputs["input_ids"])
+    refuses(attached, "inputs_embeds without input_ids", lambda: attached(inputs_embeds=embeddings))
+    refuses(
+        attached, "inputs_embeds without input_ids", lambda: attached.generate(inputs_embeds=embeddings, max_new_tokens=2)
+    )
+
+
+def test_labels(attached, inputs):
+    refuses(attached, "labels", lambda: attached(**inputs, labels=inputs["input_ids"]))
+
+
+def test_attention_outputs_of_a_plain_forward(attached, inputs):
+    refuses(attached, "output_attentions", lambda: attached(**inputs, output_attentions=True))
+    refuses(attached, "output_hidden_states", lambda: attached(**inputs, output_hidden_states=True))
+
+
+def test_training_mode(attached, inputs):
+    attached.train()
+    try:
+        with pytest.raises(UnsupportedError, match=r"model\.eval\(\)"):
+            attached(**inputs)
+    finally:
+        attached.eval()
+
+
+def test_an_image_without_a_question(attached):
+    prompt = tiny.llava_image(tiny.words(tiny.Prompt(), 5, 1), 2)
+    inputs = tiny.batch("llava", [prompt])
+    refuses(attached, "no text after them", lambda: attached(**inputs))
+    refuses(attached, "no text after them", lambda: attached.generate(**inputs, max_new_tokens=2))
+
+
+def test_a_mask_of_four_dimensions(attached, inputs):
+    length = inputs["input_ids"].shape[1]
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    refuses(attached, "two-dimensional attention_mask", lambda: attached(**{**inputs, "attention_mask": mask}))
+
+
+def test_what_is_refused_runs_without_the_pruner(attached, inputs):
+    with adaptinfer.disabled(attached):
+        assert attached(**inputs, output_hidden_states=True).hidden_states is not None
+        assert attached.generate(**inputs, max_new_tokens=2, use_cache=False).shape[0] == 1
+
+
+def test_attaching_twice(attached):
+    with pytest.raises(adaptinfer.AdaptInferError, match="attached to this model already"):
+        attach(attached, AdaptInfer(budget=20))
+
+
+def test_models_that_are_not_supported(models):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    text = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32))
+    with pytest.raises(UnsupportedError, match="'llama' is not a vision-language model; AdaptInfer supports llava, qwen"):
+        attach(text, AdaptInfer(budget=20))
+    with pytest.raises(UnsupportedError, match="Linear is not a transformers model"):
+        attach(torch.nn.Linear(2, 2), AdaptInfer(budget=20))
+    vision = CLIPVisionModel(models("llava").config.vision_config)
+    with pytest.raises(UnsupportedError, match="clip_vision_model"):
+        attach(vision, AdaptInfer(budget=20))
+
+
+def test_attention_backends_that_are_not_supported(models):
+    model = models("llava")
+    text = model.config.get_text_config()
+    before = text._attn_implementation
+    try:
+        text._attn_implementation_internal = "flex_attention"
+        with pytest.raises(UnsupportedError, match="'flex_attention' is not supported yet"):
+            attach(model, AdaptInfer(budget=20))
+    finally:
+        text._attn_implementation_internal = before
+
+
+def test_sliding_windows():
+    model = tiny.llava("sdpa", "mistral")
+    model.config.get_text_config().sliding_window = 16
+    with pytest.raises(UnsupportedError, match="sliding-window"):
+        attach(model, AdaptInfer(budget=20))
+
+
+def test_compact_positions_of_multimodal_rotary(models):
+    with pytest.raises(UnsupportedError, match="use positions='keep'"):
+        attach(models("qwen2_5_vl"), AdaptInfer(schedule=STAGES, positions="compact"))
+
+
+def test_a_schedule_for_another_depth(models):
+    with pytest.raises(ScheduleError, match="num_layers: the schedule is for 32 layers, the model has 6"):
+        attach(models("llava"), AdaptInfer.paper(64))
+
+
+@pytest.mark.parametrize(
+    ("pruner", "message"),
+    [
+        (AdaptInfer(budget=50), "more than the 49 vision tokens"),
+        (AdaptInfer(budget=3), "out of reach"),
+        (AdaptInfer(schedule=Schedule((Stage(1, 60),), tiny.LAYERS)), r"stages\[0\]\.keep"),
+    ],
+)
+def test_budgets_that_cannot_be_met(models, inputs, pruner, message):
+    model = models("llava")
+    with attach(model, pruner), pytest.raises(ScheduleError, match=message):
+        model.generate(**inputs, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AdaptInfer(), "exactly one of budget"),
+        (lambda: AdaptInfer(budget=20, schedule=STAGES), "exactly one of budget"),
+        (lambda: AdaptInfer(budget=0), "budget"),
+        (lambda: AdaptInfer(budget=-3), "budget"),
+        (lambda: AdaptInfer(budget=float("nan")), "budget"),
+        (lambda: AdaptInfer(budget=True), "budget"),
+        (lambda: AdaptInfer(budget="64"), "budget"),
+        (lambda: AdaptInfer(schedule="llava-1.5-7b/64"), "schedule: must be a Schedule"),
+        (lambda: AdaptInfer(budget=20, positions="squeeze"), "positions"),
+        (lambda: AdaptInfer(budget=20, prior_weight=2.0), "prior_weight"),
+        (lambda: Random(budget=20, seed=0.5), "seed"),
+    ],
+)
+def test_pruners_that_make_no_sense(make, message):
+    with pytest.raises(PrunerError, match=message):
+        make()
+
+
+def test_compact_positions_of_the_paper():
+    assert AdaptInfer.paper(64).positions == "compact"
+    assert AdaptInfer.paper(30, model="qwen2-vl-2b").positions == "keep"
+    with pytest.raises(ScheduleError, match="there are llava-1.5-7b/128"):
+        AdaptInfer.paper(99)
