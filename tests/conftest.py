@@ -25,7 +25,10 @@ def models():
     def model(family: str, attention: str = "sdpa"):
         if (family, attention) not in made:
             made[family, attention] = tiny.FAMILIES[family](attention)
-        return made[family, attention]
+        ready = made[family, attention]
+        if hasattr(ready.base_model, "rope_deltas"):  # older transformers reuse those of the last prompt for any text
+            ready.base_model.rope_deltas = None
+        return ready
 
     return model
 

@@ -15,6 +15,7 @@ __all__ = [
     "attention_rows",
     "counter_uniform",
     "gather_tokens",
+    "marked_first",
     "positions_of",
     "scatter_tokens",
     "select_top_k",
@@ -110,19 +111,31 @@ def top_k_mask(score: Tensor, candidates: Tensor, k: int | Tensor) -> Tensor:
     return torch.zeros_like(candidates).scatter(1, ranked, chosen) & candidates
 
 
-def positions_of(mask: Tensor, count: int) -> Tensor:
-    """Ascending positions of the marked tokens, as a rectangle.
+def marked_first(mask: Tensor, count: int) -> Tensor:
+    """Positions of the marked tokens in ascending order, followed by the first unmarked ones to fill a rectangle.
 
     Args:
         mask: bool [B, N] with at most ``count`` True per row.
-        count: columns of the result. A row with fewer marked tokens is filled up with its first unmarked positions;
-            ``mask.gather(1, positions)`` tells which are real.
+        count: columns of the result.
+
+    Returns:
+        int64 [B, count]; entry i of a row is its i-th marked token as long as it has that many, whatever the other rows
+        hold. ``mask.gather(1, positions)`` tells which are real.
+    """
+    return mask.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :count]
+
+
+def positions_of(mask: Tensor, count: int) -> Tensor:
+    """The same positions as `marked_first`, each row in ascending order, fillers in between.
+
+    Args:
+        mask: bool [B, N] with at most ``count`` True per row.
+        count: columns of the result.
 
     Returns:
         int64 [B, count], each row ascending and without repeats.
     """
-    marked_first = mask.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices
-    return marked_first[:, :count].sort(dim=1).values
+    return marked_first(mask, count).sort(dim=1).values
 
 
 def select_top_k(score: Tensor, k: int) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from adaptinfer.errors import UnsupportedError
-from adaptinfer.functional import positions_of
+from adaptinfer.functional import marked_first
 
-__all__ = ["PromptLayout", "read_layout"]
+__all__ = ["PromptLayout", "read_layout", "rectangle"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,9 @@ def read_layout(input_ids: Tensor, attention_mask: Tensor | None, placeholders: 
 
 
 def rectangle(mask: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
-    """Positions of the marked tokens, [B, max(counts)], and which of them are real (None: all)."""
-    index = positions_of(mask, max(counts))
+    """Positions of the marked tokens, [B, max(counts)], real ones first, and which of them are real (None: all).
+
+    Fillers stand behind, so that a token's place among its own sample's tokens does not depend on the batch.
+    """
+    index = marked_first(mask, max(counts))
     return index, None if min(counts) == max(counts) else mask.gather(1, index)

@@ -1,0 +1,248 @@
+"""Break the code on purpose, one line at a time, and see the tests go red: ``python tests/mutants.py``.
+
+Each mutant is a bug that published pruning code has had, or one that an optimisation here invites. It is applied to a
+copy of ``src``, the named tests run against the copy, and a mutant that survives is reported and makes the exit code 1.
+Takes some minutes, so it is no part of ``make test``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Mutant(NamedTuple):
+    bug: str
+    file: str
+    line: str
+    broken: str
+    tests: str
+
+
+MUTANTS = [
+    Mutant(
+        "1: the scoring pass forgets causality where SDPA's mask is None",
+        "engine/stage.py",
+        "    return (torch.arange(columns, device=rows.device) <= rows[..., None] + past)[:, None]",
+        "    return torch.ones(rows.shape[0], 1, rows.shape[1], columns, dtype=torch.bool)",
+        "tests/test_engine_oracle.py::test_prefill_is_the_masked_run",
+    ),
+    Mutant(
+        "2: positions are compacted by accident in the prefill",
+        "engine/forward.py",
+        "                    gather_tokens(part, index, dim=part.ndim - 2, batch_dim=part.ndim - 3) for part in rotary",
+        "                    part[..., : index.shape[1], :] for part in rotary",
+        "tests/test_engine_oracle.py::test_prefill_is_the_masked_run",
+    ),
+    Mutant(
+        "2: decode positions follow each layer's own cache length",
+        "engine/forward.py",
+        "        shift = None if history is None else history.shift",
+        "        shift = None if history is None else history.length - torch.tensor([[history.columns.shape[1]]])",
+        "tests/test_engine_oracle.py::test_cached_decoding_is_recomputation",
+    ),
+    Mutant(
+        "3: survivors are ordered by score, so tokens are permuted",
+        "functional.py",
+        "    return marked_first(mask, count).sort(dim=1).values",
+        "    return marked_first(mask, count).flip(1)",
+        "tests/test_functional.py",
+    ),
+    Mutant(
+        "4: row 0 of the batch chooses for every sample",
+        "engine/forward.py",
+        "        score = self._pruner.score(view)",
+        "        score = self._pruner.score(view)[:1].expand(vision_index.shape)",
+        "tests/test_engine_exact.py::test_a_batch_is_its_samples",
+    ),
+    Mutant(
+        "5: keys and values of a pruning layer are stored twice",
+        "engine/attach.py",
+        "    forward.choose(layer, query, key, attention_mask, kwargs[\"scaling\"])",
+        "    forward.choose(layer, query, key, attention_mask, kwargs[\"scaling\"])\n"
+        "    forward.cache.update(key, value, layer)",
+        "tests/test_engine_exact.py::test_every_layer_caches_exactly_what_it_was_given",
+    ),
+    Mutant(
+        "6: later layers get the mask of the old length",
+        "engine/forward.py",
+        "                mask = gather_tokens(mask, segment.index, dim=2)",
+        "                mask = mask[:, :, : segment.index.shape[1]]",
+        "tests/test_engine_oracle.py::test_prefill_is_the_masked_run",
+    ),
+    Mutant(
+        "7: a plan made for one prompt is used for every later one",
+        "engine/attach.py",
+        "        if vision_tokens not in self._plans:",
+        "        if not self._plans:",
+        "tests/test_engine_oracle.py::test_prefill_is_the_masked_run",
+    ),
+    Mutant(
+        "8: ties are broken by whatever the sort does",
+        "functional.py",
+        "    ranked = score.masked_fill(~candidates, float(\"-inf\")).sort(dim=1, descending=True, stable=True).indices",
+        "    ranked = score.masked_fill(~candidates, float(\"-inf\")).flip(1).sort(dim=1, descending=True).indices\n"
+        "    ranked = score.shape[1] - 1 - ranked",
+        "tests/test_functional.py",
+    ),
+    Mutant(
+        "9: a constant image span instead of the placeholder tokens",
+        "engine/layout.py",
+        "    vision = input_ids == placeholders[0]",
+        "    vision = torch.zeros_like(input_ids, dtype=torch.bool)\n    vision[:, 5:54] = True",
+        "tests/test_engine_oracle.py::test_prefill_is_the_masked_run",
+    ),
+    Mutant(
+        "10: the budget is counted after pruning",
+        "schedule.py",
+        "        return tuple(given for given, _ in self._given_and_kept(vision_tokens))",
+        "        return tuple(kept for _, kept in self._given_and_kept(vision_tokens))",
+        "tests/test_schedule.py",
+    ),
+    Mutant(
+        "11: the score is a plain mean over text rows",
+        "functional.py",
+        "    return torch.einsum(\"bht,bhtv->bv\", prior, text_to_vision.float())",
+        "    return text_to_vision.float().mean(dim=(1, 2))",
+        "tests/test_functional.py",
+    ),
+    Mutant(
+        "11: the softmax is taken in the model's half precision",
+        "functional.py",
+        "    logits = torch.matmul(grouped, key.transpose(2, 3)).float().view(batch, heads, rows, columns)",
+        "    logits = torch.matmul(grouped, key.transpose(2, 3)).view(batch, heads, rows, columns)",
+        "tests/test_engine_cost.py",
+    ),
+    Mutant(
+        "12: the state of a call is a module global",
+        "engine/forward.py",
+        "ACTIVE: ContextVar[Forward | None] = ContextVar(\"adaptinfer_forward\", default=None)",
+        "class _Global:\n"
+        "    value = None\n"
+        "    def get(self): return self.value\n"
+        "    def set(self, value): self.value = value\n"
+        "    def reset(self, token): self.value = None\n"
+        "ACTIVE = _Global()",
+        "tests/test_engine_exact.py::test_two_threads_on_one_model",
+    ),
+    Mutant(
+        "12: indices of the second stage are not mapped back to the prompt",
+        "engine/forward.py",
+        "            index=relative if segment is None else segment.index.gather(1, relative),",
+        "            index=relative,",
+        "tests/test_engine_oracle.py::test_prefill_is_the_masked_run",
+    ),
+    Mutant(
+        "the diagonal of S is counted twice",
+        "functional.py",
+        "    symmetric = attention + attention.transpose(2, 3) - torch.diag_embed(attention.diagonal(dim1=2, dim2=3))",
+        "    symmetric = attention + attention.transpose(2, 3)",
+        "tests/test_functional.py",
+    ),
+    Mutant(
+        "a token's rank depends on the other samples of its batch",
+        "engine/layout.py",
+        "    index = marked_first(mask, max(counts))",
+        "    index = marked_first(mask, max(counts)).sort(dim=1).values",
+        "tests/test_methods.py::test_alone_and_in_a_batch",
+    ),
+    Mutant(
+        "early drop attends without the causal mask",
+        "engine/attach.py",
+        "    mask = rows_of_mask(attention_mask, rows, key.shape[2] - entered, key.shape[2])",
+        "    mask = None",
+        "tests/test_engine_exact.py::test_early_drop_changes_nothing",
+    ),
+    Mutant(
+        "early drop leaves the MLP at full size",
+        "engine/attach.py",
+        "            for module in (layer.self_attn.o_proj, layer.mlp):",
+        "            for module in (layer.self_attn.o_proj,):",
+        "tests/test_engine_exact.py::test_early_drop_spares_the_work",
+    ),
+    Mutant(
+        "fillers of an uneven batch are attended",
+        "engine/forward.py",
+        "        if valid is None:\n            return mask",
+        "        if True:\n            return mask",
+        "tests/test_engine_oracle.py",
+    ),
+    Mutant(
+        "detaching forgets the attention modules' own config",
+        "engine/attach.py",
+        "            attention.config = config\n",
+        "            pass\n",
+        "tests/test_engine_exact.py::test_detached_is_never_attached",
+    ),
+    Mutant(
+        "a failed call leaves its state behind",
+        "engine/attach.py",
+        "        after(self._base, self._end, always_call=True)",
+        "        after(self._base, self._end)",
+        "tests/test_engine_exact.py::test_a_failed_call_leaves_nothing_behind",
+    ),
+    Mutant(
+        "a layer reads the device",
+        "engine/forward.py",
+        "        self._counts = keeps\n",
+        "        self._counts = keeps\n        kept_vision.sum().item()\n",
+        "tests/test_engine_cost.py::test_no_layer_reads_the_device",
+    ),
+    Mutant(
+        "the mask is rebuilt in every layer",
+        "engine/forward.py",
+        "        if key not in self._memo:\n            # The operands",
+        "        if True:\n            # The operands",
+        "tests/test_engine_cost.py::test_masks_and_embeddings_are_made_once_per_stage",
+    ),
+    Mutant(
+        "scores are computed for every row of the prompt",
+        "engine/stage.py",
+        "        rows = gather_tokens(self.query, self.text_index, dim=2)\n",
+        "        full = attention_rows(self.query, self.key, self.scaling)\n"
+        "        rows = gather_tokens(self.query, self.text_index, dim=2) + 0 * full.mean()\n",
+        "tests/test_engine_cost.py::test_no_buffer_grows_with_the_square_of_the_prompt",
+    ),
+]
+
+
+def survives(mutant: Mutant) -> bool:
+    """Whether the tests stay green on the broken copy."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "src"
+        shutil.copytree(ROOT / "src", copy, ignore=shutil.ignore_patterns("__pycache__", "checkpoint"))
+        file = copy / "adaptinfer" / mutant.file
+        text = file.read_text(encoding="utf-8")
+        if text.count(mutant.line) != 1:
+            raise SystemExit(f"{mutant.bug}: the line to break is not in {mutant.file} exactly once")
+        file.write_text(text.replace(mutant.line, mutant.broken), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-W", "ignore", "-p", "no:cacheprovider", mutant.tests]
+        path = os.pathsep.join([str(copy), str(ROOT / "tests")])
+        run = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+        )
+        return run.returncode == 0
+
+
+def main() -> int:
+    wanted = sys.argv[1:]
+    survivors = []
+    for mutant in MUTANTS:
+        if wanted and not any(word in mutant.bug for word in wanted):
+            continue
+        alive = survives(mutant)
+        print(f"{'SURVIVED' if alive else 'red     '}  {mutant.bug}", flush=True)
+        if alive:
+            survivors.append(mutant)
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
