@@ -207,7 +207,9 @@ def test_every_layer_caches_exactly_what_it_was_given(models, family, attention)
 def test_repeated_runs_are_identical(models, family, attention):
     """Silent bugs 7 and 8: indices left over from an earlier prompt, random tie-breaking."""
     model = models(family, attention)
-    first, other = (tiny.batch(family, [tiny.simple(family, seed=seed, before=before)]) for seed, before in ((1, 5), (2, 11)))
+    first, other = (
+        tiny.batch(family, [tiny.simple(family, seed=seed, before=before)]) for seed, before in ((1, 5), (2, 11))
+    )
     with attach(model, AdaptInfer(schedule=TWO_STAGES)) as handle:
         logits(model, first)
         once = logits(model, other)
@@ -265,11 +267,13 @@ def test_prior_weight_reaches_the_score(models, weight):
     assert [[row.tolist() for row in stage] for stage in handle.report.kept] == kept
 
 
-# -- ways of decoding ---------------------------------------------------------------------------------------------------
+# -- ways of decoding ------------------------------------------------------------------------------------------
 
 
 @each_model
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=["beams", "n-best"])
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=["beams", "n-best"]
+)
 def test_beam_search_is_the_masked_beam_search(models, family, attention, options):
     prompts = [tiny.simple(family, after=5, seed=1), tiny.simple(family, after=13, seed=2)]
     inputs = tiny.batch(family, prompts)
@@ -326,7 +330,9 @@ def test_a_new_image_in_a_later_turn(models, family, attention):
     both.images, both.grids = [*first.images, *second.images], [*first.grids, *second.grids]
     turn = tiny.batch(family, [both])
     # The oracle settles the second turn on top of the first turn's masks.
-    fixed = {layer: torch.nn.functional.pad(alive, (0, len(second)), value=True) for layer, alive in oracle.alive.items()}
+    fixed = {
+        layer: torch.nn.functional.pad(alive, (0, len(second)), value=True) for layer, alive in oracle.alive.items()
+    }
     oracle.alive, kept = {}, []
     placeholder = turn["input_ids"][0] == tiny.IMAGE
     new = torch.arange(len(both)) >= len(first)
@@ -413,7 +419,7 @@ def test_batch_operations_on_a_pruned_cache(models):
         assert all(getattr(layer, "history", None) is None for layer in cropped.layers)
 
 
-# -- isolation ----------------------------------------------------------------------------------------------------------
+# -- isolation ------------------------------------------------------------------------------------------
 
 
 def test_two_threads_on_one_model(models):
@@ -518,3 +524,16 @@ def test_random_is_the_same_alone_and_in_a_batch(models):
     with attach(model, Random(schedule=TWO_STAGES, seed=5)) as handle:
         logits(model, tiny.batch("llava", prompts))
         assert together[0][0].tolist() != handle.report.kept[0][0].tolist()
+
+
+@each_model
+def test_the_model_without_its_head(models, family, attention):
+    """`AutoModel` classes prune too: they return hidden states of the prompt's full length."""
+    model = models(family, attention)
+    inputs = tiny.batch(family, three(family))
+    with attach(model, AdaptInfer(schedule=TWO_STAGES)):
+        expected = logits(model, inputs)
+    with attach(model.base_model, AdaptInfer(schedule=TWO_STAGES)) as handle, torch.no_grad():
+        hidden = model.base_model(**inputs).last_hidden_state
+        assert [len(stage[0]) for stage in handle.report.kept] == [20, 6]
+    assert torch.equal(model.lm_head(hidden), expected)

@@ -1,17 +1,26 @@
-"""AdaptInfer: vision-language models that answer faster, by pruning vision tokens while they read the prompt."""
+"""AdaptInfer: vision-language models that answer faster, by pruning vision tokens while they read the prompt.
 
-from adaptinfer import functional
-from adaptinfer.engine.attach import Handle, attach, disabled
-from adaptinfer.engine.report import Report
-from adaptinfer.errors import AdaptInferError, UnsupportedError
-from adaptinfer.pruners import METHODS, AdaptInfer, Pruner, PrunerError, Random
-from adaptinfer.pruners.config import from_pretrained
-from adaptinfer.schedule import ModelShape, Schedule, ScheduleError, Stage, preset, solve
+Names are imported on first use, so that ``adaptinfer --help`` need not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adaptinfer.engine.attach import Handle, attach, disabled
+    from adaptinfer.engine.report import Report
+    from adaptinfer.errors import AdaptInferError, UnsupportedError
+    from adaptinfer.pruners import METHODS, AdaptInfer, Pruner, PrunerError, Random
+    from adaptinfer.pruners.config import from_pretrained
+    from adaptinfer.schedule import PRESETS, ModelShape, Schedule, ScheduleError, Stage, preset, solve
 
 __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "PRESETS",
     "AdaptInfer",
     "AdaptInferError",
     "Handle",
@@ -27,7 +36,31 @@ __all__ = [
     "attach",
     "disabled",
     "from_pretrained",
-    "functional",
     "preset",
     "solve",
 ]
+
+_HOME = {
+    "engine.attach": ("Handle", "attach", "disabled"),
+    "engine.report": ("Report",),
+    "errors": ("AdaptInferError", "UnsupportedError"),
+    "pruners": ("METHODS", "AdaptInfer", "Pruner", "PrunerError", "Random"),
+    "pruners.config": ("from_pretrained",),
+    "schedule": ("PRESETS", "ModelShape", "Schedule", "ScheduleError", "Stage", "preset", "solve"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+_MODULES = ("embedded", "functional")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"adaptinfer.{name}")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'adaptinfer' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"adaptinfer.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_MODULES, "__version__"])

@@ -197,9 +197,12 @@ class Handle:
         arguments = arguments_of(self._base.forward, args, kwargs)
         off = self._is_disabled()
         ids = arguments.get("input_ids") if off else check_ids(arguments)
+        new = arguments.get("inputs_embeds") if ids is None else ids
+        if new is None:
+            return  # the model itself says what is missing
         cache = cache_argument(arguments)
         past = cache.get_seq_length() if cache is not None else 0
-        length = (arguments["inputs_embeds"] if ids is None else ids).shape[1]
+        length = new.shape[1]
         layout, stages = None, {}
         if not off and not (past and length == 1):  # a single new token is decoding
             mask = arguments.get("attention_mask")
@@ -211,9 +214,7 @@ class Handle:
                 check_forward(self._model, arguments)
                 if cache is not None:
                     check_cache(cache)
-        forward = Forward(
-            self, self.pruner, past, length, layout, stages, self.early_drop, self._decoder.rotary_emb
-        )
+        forward = Forward(self, self.pruner, past, length, layout, stages, self.early_drop, self._decoder.rotary_emb)
         # The forward keeps the token, so that the matching reset needs no other place to look.
         forward.token = ACTIVE.set(forward)
 
@@ -275,6 +276,7 @@ class Handle:
         forward = self._active()
         if forward is None:
             return
+        assert forward.token is not None
         ACTIVE.reset(forward.token)
         layout = forward.layout
         if output is None or layout is None or (forward.past and not any(layout.vision_counts)):

@@ -76,7 +76,7 @@ class PrunedLayer(DynamicLayer):
         self.keys = self.keys[..., :-remove, :]
         self.values = self.values[..., :-remove, :]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._take(beam_idx)
 
@@ -138,6 +138,6 @@ def hold(cache: Any, layer: int, history: History) -> None:
         layers.append(PrunedLayer())
     elif type(layers[layer]) is DynamicLayer:
         pruned = PrunedLayer()
-        pruned.__dict__.update(layers[layer].__dict__)
+        vars(pruned).update(vars(layers[layer]))
         layers[layer] = pruned
     layers[layer].history = history

@@ -57,7 +57,8 @@ def check_generate(model: Any, kwargs: dict[str, Any]) -> None:
         )
     if setting("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
         raise UnsupportedError(
-            f"assisted decoding (assistant_model, prompt_lookup_num_tokens) is not supported yet; leave it off, {_ESCAPE}"
+            "assisted decoding (assistant_model, prompt_lookup_num_tokens) is not supported yet; leave it off, "
+            f"{_ESCAPE}"
         )
     for flag in ("output_attentions", "output_hidden_states"):
         if setting(flag):

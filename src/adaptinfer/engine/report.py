@@ -85,8 +85,7 @@ class Report:
     def tokens_per_layer(self) -> list[tuple[int, ...]]:
         """Vision tokens given to each layer, one tuple per sample."""
         return [
-            schedule.tokens_per_layer(count)
-            for schedule, count in zip(self.schedules, self.vision_tokens, strict=True)
+            schedule.tokens_per_layer(count) for schedule, count in zip(self.schedules, self.vision_tokens, strict=True)
         ]
 
     @property
