@@ -65,8 +65,8 @@ MUTANTS = [
     Mutant(
         "5: keys and values of a pruning layer are stored twice",
         "engine/attach.py",
-        "    forward.choose(layer, query, key, attention_mask, kwargs[\"scaling\"])",
-        "    forward.choose(layer, query, key, attention_mask, kwargs[\"scaling\"])\n"
+        '    forward.choose(layer, query, key, attention_mask, kwargs["scaling"])',
+        '    forward.choose(layer, query, key, attention_mask, kwargs["scaling"])\n'
         "    forward.cache.update(key, value, layer)",
         "tests/test_engine_exact.py::test_every_layer_caches_exactly_what_it_was_given",
     ),
@@ -87,8 +87,8 @@ MUTANTS = [
     Mutant(
         "8: ties are broken by whatever the sort does",
         "functional.py",
-        "    ranked = score.masked_fill(~candidates, float(\"-inf\")).sort(dim=1, descending=True, stable=True).indices",
-        "    ranked = score.masked_fill(~candidates, float(\"-inf\")).flip(1).sort(dim=1, descending=True).indices\n"
+        '    ranked = score.masked_fill(~candidates, float("-inf")).sort(dim=1, descending=True, stable=True).indices',
+        '    ranked = score.masked_fill(~candidates, float("-inf")).flip(1).sort(dim=1, descending=True).indices\n'
         "    ranked = score.shape[1] - 1 - ranked",
         "tests/test_functional.py",
     ),
@@ -109,7 +109,7 @@ MUTANTS = [
     Mutant(
         "11: the score is a plain mean over text rows",
         "functional.py",
-        "    return torch.einsum(\"bht,bhtv->bv\", prior, text_to_vision.float())",
+        '    return torch.einsum("bht,bhtv->bv", prior, text_to_vision.float())',
         "    return text_to_vision.float().mean(dim=(1, 2))",
         "tests/test_functional.py",
     ),
@@ -123,7 +123,7 @@ MUTANTS = [
     Mutant(
         "12: the state of a call is a module global",
         "engine/forward.py",
-        "ACTIVE: ContextVar[Forward | None] = ContextVar(\"adaptinfer_forward\", default=None)",
+        'ACTIVE: ContextVar[Forward | None] = ContextVar("adaptinfer_forward", default=None)',
         "class _Global:\n"
         "    value = None\n"
         "    def get(self): return self.value\n"

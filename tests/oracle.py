@@ -44,7 +44,9 @@ class Oracle:
         assert model.config.get_text_config()._attn_implementation == "eager"
         self.model, self.keeps, self.placeholders = model, keeps, placeholders
         self.positions, self.prior_weight = positions, prior_weight
-        self.alive: dict[int, torch.Tensor] = {}  # layer of the stage -> bool [B, N], tokens seen by the layers after it
+        self.alive: dict[
+            int, torch.Tensor
+        ] = {}  # layer of the stage -> bool [B, N], tokens seen by the layers after it
 
     def settle(self, inputs) -> list[list[list[int]]]:
         """Choose at every stage; returns the kept positions per stage and sample."""

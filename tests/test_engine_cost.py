@@ -24,8 +24,16 @@ def layout_of(prompts, side, device):
     return PromptLayout(vision.to(device), text.to(device), real.to(device), *counts)
 
 
-@pytest.mark.parametrize("pruner", [AdaptInfer(schedule=STAGES), AdaptInfer(schedule=STAGES, prior_weight=0.5),
-                                    AdaptInfer(schedule=STAGES, positions="compact"), Random(schedule=STAGES)], ids=lambda p: f"{p.name}-{p.positions}")
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        AdaptInfer(schedule=STAGES),
+        AdaptInfer(schedule=STAGES, prior_weight=0.5),
+        AdaptInfer(schedule=STAGES, positions="compact"),
+        Random(schedule=STAGES),
+    ],
+    ids=lambda p: f"{p.name}-{p.positions}",
+)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("uneven", [False, True])
 def test_no_layer_reads_the_device(monkeypatch, attention, uneven, pruner):

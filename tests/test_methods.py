@@ -16,7 +16,11 @@ each_family = pytest.mark.parametrize("family", tiny.FAMILIES)
 
 
 def prompts(family):
-    return [tiny.simple(family, after=5, seed=1), tiny.simple(family, after=13, seed=2, images=2), tiny.simple(family, seed=3)]
+    return [
+        tiny.simple(family, after=5, seed=1),
+        tiny.simple(family, after=13, seed=2, images=2),
+        tiny.simple(family, seed=3),
+    ]
 
 
 @torch.no_grad()

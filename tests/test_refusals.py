@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -74,7 +76,9 @@ def test_embeddings_without_ids(attached, inputs):
     embeddings = attached.get_input_embeddings()(inputs["input_ids"])
     refuses(attached, "inputs_embeds without input_ids", lambda: attached(inputs_embeds=embeddings))
     refuses(
-        attached, "inputs_embeds without input_ids", lambda: attached.generate(inputs_embeds=embeddings, max_new_tokens=2)
+        attached,
+        "inputs_embeds without input_ids",
+        lambda: attached.generate(inputs_embeds=embeddings, max_new_tokens=2),
     )
 
 
@@ -120,10 +124,28 @@ def test_attaching_twice(attached):
         attach(attached, AdaptInfer(budget=20))
 
 
+def test_attaching_to_a_part_of_an_attached_model(attached):
+    with pytest.raises(adaptinfer.AdaptInferError, match="a part of this model already"):
+        attach(attached.base_model, AdaptInfer(budget=20))
+
+
+def test_copying_an_attached_model(attached):
+    """A copy would call the original's generate."""
+    with pytest.raises(adaptinfer.AdaptInferError, match="cannot be copied or pickled; detach first"):
+        copy.deepcopy(attached)
+
+
+def test_a_cache_of_another_age(attached, inputs):
+    keys = torch.zeros(1, 2, 4, 16)
+    refuses(attached, "pruning needs a DynamicCache", lambda: attached(**inputs, past_key_values=((keys, keys),) * 6))
+
+
 def test_models_that_are_not_supported(models):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
     text = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32))
-    with pytest.raises(UnsupportedError, match="'llama' is not a vision-language model; AdaptInfer supports llava, qwen"):
+    with pytest.raises(
+        UnsupportedError, match="'llama' is not a vision-language model; AdaptInfer supports llava, qwen"
+    ):
         attach(text, AdaptInfer(budget=20))
     with pytest.raises(UnsupportedError, match="Linear is not a transformers model"):
         attach(torch.nn.Linear(2, 2), AdaptInfer(budget=20))

@@ -88,6 +88,8 @@ class Handle:
         if _HANDLE in getattr(model, "__dict__", {}):
             raise AdaptInferError("a pruner is attached to this model already; call its handle's detach() first")
         self._family = family_of(model)
+        if any(hasattr(layer.self_attn.config, "adaptinfer_original") for layer in model.get_decoder().layers):
+            raise AdaptInferError("a pruner is attached to a part of this model already; call its handle's detach() first")
         if pruner.positions == "compact" and not self._family.compact:
             raise UnsupportedError(
                 f"positions='compact' renumbers one-dimensional positions, and {self._family.model_type} rotates by "
@@ -135,6 +137,9 @@ class Handle:
         if self._model.__dict__.get(_HANDLE) is self:
             del self._model.__dict__[_HANDLE]
             self._model.__dict__.pop("generate", None)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise AdaptInferError("a model with a pruner attached cannot be copied or pickled; detach first")
 
     def __enter__(self) -> Handle:
         return self
@@ -201,6 +206,8 @@ class Handle:
         if new is None:
             return  # the model itself says what is missing
         cache = cache_argument(arguments)
+        if cache is not None and not hasattr(cache, "get_seq_length"):
+            check_cache(cache)  # refuses it by name
         past = cache.get_seq_length() if cache is not None else 0
         length = new.shape[1]
         layout, stages = None, {}

@@ -19,7 +19,8 @@ class PromptLayout:
 
     Attributes:
         vision: bool [B, N], the vision tokens.
-        text: bool [B, N], the tokens after the last vision token of each row (they guide); never padding.
+        text: bool [B, N], the tokens after the last vision token of each row (they guide); never padding, and none in
+            a row without vision tokens.
         real: bool [B, N] or None; False is padding, None means that there is none.
         vision_counts: vision tokens of each row.
         text_counts: guiding tokens of each row.
@@ -62,7 +63,7 @@ def read_layout(input_ids: Tensor, attention_mask: Tensor | None, placeholders: 
     real = None
     if attention_mask is not None:
         real = attention_mask[:, -length:].to(device=input_ids.device, dtype=torch.bool)
-    text = positions > last
+    text = (positions > last) & (last >= 0)
     if real is not None:
         text = text & real
         real_count = real.sum(dim=1)

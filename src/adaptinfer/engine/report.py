@@ -95,7 +95,10 @@ class Report:
 
     @property
     def flops(self) -> float:
-        """FLOPs of the decoder layers in this prefill (2 x multiply-adds), all samples, computed from the counts."""
+        """FLOPs of the decoder layers in this prefill (2 x multiply-adds), all samples, computed from the counts.
+
+        Attention to tokens cached before this prefill is left out.
+        """
         return sum(
             schedule.prefill_flops(self.shape, text, vision, early_drop=self.early_drop)
             for schedule, text, vision in zip(self.schedules, self.text_tokens, self.vision_tokens, strict=True)
