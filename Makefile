@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 
 demo: $(READY)
 	@mkdir -p build
-	$(BIN)/adaptinfer ask examples/scene.png "What colour is the star?" --budget 0.22 --compare --overlay build/demo.png
+	$(BIN)/adaptinfer ask examples/scene.png "What colour is the star?" --budget 0.33 --compare --overlay build/demo.png
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"

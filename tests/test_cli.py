@@ -1,4 +1,4 @@
-"""`adaptinfer ask` and its sisters, as a user calls them: what they print, and that every mistake gets one clear line."""
+"""`adaptinfer ask` and its sisters as a user calls them: what they print, and one clear line for every mistake."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProces
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from typer.testing import CliRunner
 
+from adaptinfer import AdaptInfer
 from adaptinfer import ask as asking
 from adaptinfer.ask import Comparison, InputError, Latency, read_pictures
 from adaptinfer.cli import app
+from adaptinfer.embedded.scenes import COLOURS, SPLITS, render, sample_scene
 from adaptinfer.schedule import PRESETS, Schedule, Stage
 
 QUESTION = "what colour is the star?"
@@ -210,6 +212,25 @@ def test_answers_are_not_read_as_markup(ask, monkeypatch):
     assert "[red]a[/red] [/]" in ask("--compare").stdout
 
 
+def test_speed_ups_are_not_claimed_without_need(ask, monkeypatch):
+    ratios = iter([(1.2, 1.1, 1.3), (0.7, 0.5, 1.1), (0.7, 0.6, 0.8)])
+    notes = ["No speed-up to the first token was measured", "includes 1: too noisy", "median (least-most)"]
+    for ratio, note in zip(ratios, notes, strict=True):
+        monkeypatch.setattr(Comparison, "ratio", lambda *_, ratio=ratio: ratio)
+        output = ask("--compare").stdout
+        assert [other in output for other in notes] == [note == other or other == notes[2] for other in notes]
+
+
+def test_embedded_model_is_the_default(tmp_path):
+    picture = tmp_path / "scene.webp"
+    render(sample_scene(SPLITS["test"][7]), 256).save(picture, lossless=True)
+    document = json.loads(run("ask", picture, "What colour is the ring?", "--json", "--compare").stdout)
+    assert document["model"] == "embedded" and document["vision_tokens"] == 64 and document["warnings"] == []
+    assert document["answer"] in COLOURS and document["vanilla_answer"] in COLOURS
+    warned = run("ask", picture, "What colour is the zebra?")
+    assert warned.exit_code == 0 and "only knows drawn scenes" in warned.stderr and "'zebra'" in warned.stderr
+
+
 def test_lists():
     assert "adaptinfer  arXiv 2508.06084" in run("methods").stdout
     assert "qwen2_5_vl" in run("models").stdout
@@ -332,6 +353,7 @@ def test_arguments_in_another_order(photo, no_weights):
         (["--dtype", "int4"], "'--dtype'"),
         (["--overlay", "no/such/folder/kept.png"], "there is no folder 'no/such/folder'"),
         (["--overlay", "kept.gif"], "must end in one of .png"),
+        (["--overlay", "k" * 300 + ".png"], "cannot be written (File name too long)"),
         (["--overlay", "/proc/version.png"], "overlay '/proc/version.png'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -342,6 +364,10 @@ def test_bad_options(arguments, message, photo, checkpoint, no_weights, tmp_path
         pytest.skip("root may write everywhere")
     assert message in refused(photo, QUESTION, "--model", checkpoint, *arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_question_too_long_for_a_file_name(photo, checkpoint):
+    assert run("ask", photo, "what colour " * 60, "--model", checkpoint).exit_code == 0
 
 
 @pytest.mark.parametrize("question", ["", "  \n"])
@@ -390,6 +416,7 @@ def test_models_that_are_none_or_not_supported(photo, tmp_path, no_weights):
     assert "no config.json" in refused(photo, QUESTION, "--model", tmp_path)
     assert "is a file" in refused(photo, QUESTION, "--model", photo)
     assert "no such folder" in refused(photo, QUESTION, "--model", tmp_path / "nowhere")
+    assert "no such folder" in refused(photo, QUESTION, "--model", "m" * 300 + "/.")
     hub = refused(photo, QUESTION, "--model", "nobody/nothing")
     assert "no such folder, not downloaded before, and offline mode is on" in hub
 
@@ -462,7 +489,7 @@ def _read(tmp_path: Path, image: Image.Image, name: str = "a.png", **options: ob
 
 
 def test_every_mode_becomes_rgb(tmp_path):
-    ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    ramp = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
     assert (_read(tmp_path, Image.fromarray(ramp))[..., 0] == (ramp // 257)).all()  # 16 bits: scaled, not clipped
     half = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     half.paste((255, 0, 0, 255), (0, 0, 2, 4))
@@ -493,6 +520,25 @@ def test_nothing_is_read_from_a_terminal():
 
     with pytest.raises(InputError, match="nothing is piped"):
         read_pictures(["-"], Terminal())
+
+
+def test_both_ways_are_measured_in_turn(monkeypatch, models):
+    from adaptinfer.engine import attach
+
+    order = []
+
+    def timed(*_):
+        order.append("vanilla" if attach._DISABLED.get() else "pruned")
+        return float(len(order)), 1.0
+
+    monkeypatch.setattr(asking, "_timed", timed)
+    monkeypatch.setattr(asking, "REPEATS", 9)
+    monkeypatch.setattr(asking, "MEASURING_SECONDS", 0.0)
+    model = models("llava")
+    with AdaptInfer(budget=20)(model):
+        vanilla, pruned = asking._measure(model, {}, "cpu", lambda _: None)
+    assert order == ["vanilla", "pruned", "pruned", "vanilla", "vanilla", "pruned", "pruned", "vanilla"]
+    assert vanilla.ttft_ms == (4, 5, 8) and pruned.ttft_ms == (3, 6, 7)  # no warm-up; the least although time is up
 
 
 def test_ratio_is_of_neighbouring_repeats():

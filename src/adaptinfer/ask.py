@@ -1,0 +1,566 @@
+"""Ask a model about pictures, and measure what pruning changes: everything behind ``adaptinfer ask`` but the terminal.
+
+    checkpoint = Checkpoint("embedded")                                  # reads config and processor, no weights yet
+    prompt = checkpoint.prompt(read_pictures(["photo.png"]), "What colour is the star?")
+    answer = ask(checkpoint, prompt, AdaptInfer(budget=0.22), compare=True)
+    answer.text, answer.report, answer.comparison
+
+Whatever can be wrong is found before the weights are read. Input that cannot be used raises `InputError`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+
+from PIL import Image, ImageOps
+
+from adaptinfer.errors import AdaptInferError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptinfer.engine.families import Family
+    from adaptinfer.engine.report import Report
+    from adaptinfer.pruners.base import Pruner
+
+__all__ = [
+    "EMBEDDED",
+    "FORMATS",
+    "Answer",
+    "Checkpoint",
+    "Comparison",
+    "DType",
+    "InputError",
+    "Latency",
+    "Picture",
+    "Prompt",
+    "ask",
+    "check_question",
+    "read_pictures",
+]
+
+EMBEDDED = "embedded"
+"""The name of the model that comes with the package."""
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+"""Picture formats that are read; Pillow knows more, with decoders that fewer people have looked at."""
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+WARM_UPS, REPEATS, LEAST_REPEATS = 2, 10, 3
+DECODED_TOKENS = 16  # beyond the first
+MEASURING_SECONDS = 60.0  # after which no further repeat is begun
+
+_LARGEST_FILE = 256 * 2**20  # bytes
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class InputError(AdaptInferError, ValueError):
+    """A picture, a question or a checkpoint that cannot be used; the message says which and why."""
+
+
+def _nothing(_: str) -> None:
+    """The progress callback of callers who want none."""
+
+
+# ---------------------------------------------------------------------------------------------------- pictures
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A fully decoded picture: upright, RGB, 8 bits."""
+
+    name: str
+    image: Image.Image
+
+
+def read_pictures(sources: Sequence[str | Path], stdin: BinaryIO | None = None) -> list[Picture]:
+    """Read PNG, JPEG and WebP files; ``-`` is a picture on standard input (``stdin`` if given).
+
+    Raises:
+        InputError: a file is missing, unreadable, too large, damaged or no such picture, or ``-`` is given twice.
+    """
+    if [str(source) for source in sources].count("-") > 1:
+        raise InputError("image '-': standard input can be read only once")
+    pictures = []
+    for source in map(str, sources):
+        data = _read_stdin(stdin) if source == "-" else _read_file(source)
+        pictures.append(Picture(source, _decode(source, data)))
+    return pictures
+
+
+def _read_stdin(stdin: BinaryIO | None) -> bytes:
+    stream: BinaryIO = sys.stdin.buffer if stdin is None else stdin
+    if stream.isatty():
+        raise InputError("image '-': nothing is piped into standard input")
+    return _read_limited("-", stream)
+
+
+def _read_file(name: str) -> bytes:
+    try:
+        with Path(name).open("rb") as file:
+            return _read_limited(name, file)
+    except FileNotFoundError:
+        raise InputError(f"image {name!r}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"image {name!r}: is a folder, not a picture file") from None
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        raise InputError(f"image {name!r}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def _read_limited(name: str, file: BinaryIO) -> bytes:
+    data = file.read(_LARGEST_FILE + 1)
+    if len(data) > _LARGEST_FILE:
+        raise InputError(f"image {name!r}: larger than {_LARGEST_FILE // 2**20} MiB")
+    if not data:
+        raise InputError(f"image {name!r}: is empty (0 bytes)")
+    return data
+
+
+def _decode(name: str, data: bytes) -> Image.Image:
+    """Decode every pixel, so that damage shows now and not in the middle of the work."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on odd but readable metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image))
+        except Image.UnidentifiedImageError:
+            raise InputError(f"image {name!r}: {_what_is(data)}; PNG, JPEG and WebP are read") from None
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise InputError(
+                f"image {name!r}: more than {Image.MAX_IMAGE_PIXELS:,} pixels, which may be a decompression bomb; "
+                "scale it down"
+            ) from None
+        except Exception as error:  # Pillow raises whatever its decoders stumble over
+            raise InputError(f"image {name!r}: is damaged or truncated ({error})") from None
+
+
+def _what_is(data: bytes) -> str:
+    try:
+        with Image.open(io.BytesIO(data)) as image:  # reads a header, decodes nothing
+            return f"is a {image.format} picture"
+    except Exception:
+        return "is not a picture"
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB: 16 bits are scaled and not clipped, transparency is laid on white."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        import numpy as np
+
+        return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Pictures and a question, ready for the model.
+
+    Attributes:
+        pictures: what was asked about.
+        question: as it was given, without blanks around it.
+        inputs: the processor's tensors, on the CPU.
+        vision_tokens: how many of the prompt's tokens stand for the pictures.
+        unknown_words: words of the question that the model's tokenizer has no token for.
+    """
+
+    pictures: tuple[Picture, ...]
+    question: str
+    inputs: dict[str, Tensor]
+    vision_tokens: int
+    unknown_words: tuple[str, ...]
+
+
+class Checkpoint:
+    """A checkpoint of a supported vision-language model. Its weights are read by `load` and not before.
+
+    Args:
+        name: ``"embedded"``, a folder, or an id on the Hugging Face hub.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        device: where to run; ``"auto"`` takes a GPU if there is one.
+        dtype: ``"auto"`` is the checkpoint's own on a GPU and float32 on a CPU.
+
+    Raises:
+        InputError: there is no such checkpoint, it cannot be read, or there is no such device.
+        UnsupportedError: the model is of no family that AdaptInfer supports.
+    """
+
+    def __init__(
+        self, name: str = EMBEDDED, *, trust_remote_code: bool = False, device: str = "auto", dtype: DType = "auto"
+    ) -> None:
+        from transformers import AutoConfig
+
+        from adaptinfer.engine.families import family_of
+
+        self.name = name
+        self.device = _device(device)
+        self.dtype: str = "float32" if dtype == "auto" and self.device == "cpu" else dtype
+        self._trust = trust_remote_code
+        self._source = _source(name)
+        with _reading(name, "configuration"):
+            self.config: Any = AutoConfig.from_pretrained(
+                self._source, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+            )
+        unloaded: Any = SimpleNamespace(config=self.config)  # all of a model that deciding on its family takes
+        self.family: Family = family_of(unloaded)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the language model."""
+        return self.config.get_text_config().num_hidden_layers
+
+    @cached_property
+    def processor(self) -> Any:
+        """The checkpoint's processor. Raises InputError if it has none that reads pictures."""
+        from transformers import AutoProcessor
+
+        with _reading(self.name, "processor"):
+            processor: Any = AutoProcessor.from_pretrained(self._source, trust_remote_code=self._trust)
+        if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+            raise InputError(f"model {self.name!r}: comes without a processor for pictures and text")
+        return processor
+
+    def prompt(self, pictures: Sequence[Picture], question: str) -> Prompt:
+        """Put pictures and a question in the form that the model was trained on.
+
+        Raises:
+            InputError: no picture, an empty question, one that contains a picture placeholder, or pictures that the
+                model's processor refuses.
+        """
+        question = check_question(question)
+        if not pictures:
+            raise InputError("image: give at least one picture")
+        processor = self.processor
+        for attribute in ("image_token", "video_token"):
+            token = getattr(processor, attribute, None)
+            if token and token in question:
+                raise InputError(f"question: must not contain {token!r}, which stands for a picture in this model")
+        try:
+            inputs = dict(_processed(processor, [picture.image for picture in pictures], question))
+        except (ValueError, IndexError, RuntimeError) as error:
+            raise InputError(
+                f"model {self.name!r}: its processor refuses this prompt ({_first_line(error)})"
+            ) from error
+        ids = inputs["input_ids"]
+        vision_tokens = sum(int((ids == getattr(self.config, name)).sum()) for name in self.family.placeholders)
+        if not vision_tokens:
+            raise InputError(f"model {self.name!r}: its processor puts no vision tokens into the prompt")
+        return Prompt(tuple(pictures), question, inputs, vision_tokens, _unknown_words(processor.tokenizer, question))
+
+    def check(self, pruner: Pruner, prompt: Prompt | None = None) -> None:
+        """Refuse a pruner that does not fit this model or, if one is given, this prompt.
+
+        Raises:
+            ScheduleError: a schedule for another depth, or a budget that cannot be met.
+            UnsupportedError: compact positions with rotary positions of several dimensions.
+        """
+        from adaptinfer.errors import UnsupportedError
+
+        if pruner.positions == "compact" and not self.family.compact:
+            raise UnsupportedError(f"positions: {self.family.model_type} supports 'keep' only, not 'compact'")
+        if pruner.schedule is not None:
+            pruner.schedule.check(self.num_layers)
+        if prompt is not None:
+            pruner.plan(self.num_layers, prompt.vision_tokens).keeps(prompt.vision_tokens)
+
+    def load(self) -> Any:
+        """The model in evaluation mode on its device.
+
+        Raises:
+            InputError: weights are missing, damaged, not safetensors, or not those of this model.
+        """
+        from transformers import AutoModelForImageTextToText
+
+        _check_weight_files(self.name, self._source)
+        with _reading(self.name, "weights"):
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                self._source,
+                config=self.config,
+                dtype=self.dtype,
+                use_safetensors=True,
+                trust_remote_code=self._trust,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+            )
+        model, found = loaded
+        missing = sorted(found["missing_keys"])
+        if missing:  # transformers would go on with random numbers in their place
+            raise InputError(f"model {self.name!r}: {len(missing)} weights are missing, {missing[0]} among them")
+        return model.eval().to(self.device)
+
+
+def check_question(question: str) -> str:
+    """The question without blanks around it. Raises InputError if nothing is left."""
+    if not question.strip():
+        raise InputError("question: is empty")
+    return question.strip()
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=torch.device(name))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch without CUDA
+        raise InputError(f"device {name!r}: cannot be used here ({_first_line(error)})") from None
+    return name
+
+
+def _source(name: str) -> str:
+    """The folder or hub id behind a model's name."""
+    if name == EMBEDDED:
+        from adaptinfer import embedded
+
+        try:
+            return str(embedded.path())
+        except FileNotFoundError as error:
+            raise InputError(f"model {name!r}: {error}") from None
+    folder = os.path.expanduser(name)  # noqa: PTH111 - as the next lines: pathlib raises for what can be no path
+    if os.path.isdir(folder):  # noqa: PTH112
+        if not (Path(folder) / "config.json").is_file():
+            raise InputError(f"model {name!r}: the folder has no config.json, so it is no checkpoint")
+        return folder
+    if os.path.exists(folder):  # noqa: PTH110
+        raise InputError(f"model {name!r}: is a file; give the checkpoint's folder")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
+        raise InputError(f"model {name!r}: no such folder, and not an id on the Hugging Face hub")
+    return name
+
+
+def _check_weight_files(name: str, source: str) -> None:
+    folder = Path(source)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return  # the hub is asked for safetensors only
+    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLED)
+    if pickled:
+        raise InputError(
+            f"model {name!r}: its weights ({pickled[0]}) are pickled, which can run code when read; "
+            "only safetensors are loaded, so convert them first"
+        )
+    raise InputError(f"model {name!r}: the folder has no weights (*.safetensors)")
+
+
+@contextmanager
+def _reading(name: str, what: str) -> Iterator[None]:
+    """Turn whatever transformers raises over a checkpoint into one clear line."""
+    try:
+        yield
+    except Exception as error:  # a foreign checkpoint may break its reader in any way
+        raise InputError(f"model {name!r}: {_why_unreadable(error, what)}") from error
+
+
+def _why_unreadable(error: Exception, what: str) -> str:
+    from huggingface_hub import is_offline_mode
+
+    text = str(error)
+    chain, cause = set(), error
+    while cause is not None:
+        chain.add(type(cause).__name__)
+        cause = cause.__cause__ or cause.__context__
+    if "trust_remote_code" in text:
+        return "needs Python code that comes with it; pass --trust-remote-code (trust_remote_code=True) if you trust it"
+    if "use_safetensors" in text:
+        return "has no safetensors weights, and only safetensors are loaded"
+    if "does not recognize this architecture" in text or "Unrecognized model" in text:
+        from adaptinfer.engine.families import FAMILIES
+
+        return f"is of no kind that transformers knows; AdaptInfer supports {', '.join(FAMILIES)}"
+    if "GatedRepoError" in chain:
+        return "needs a licence to be accepted on its hub page, and a login (hf auth login)"
+    if "RepositoryNotFoundError" in chain:
+        return "no such folder, and no such model on the Hugging Face hub (or a private one: hf auth login)"
+    if chain & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError"}:
+        where = "offline mode is on" if is_offline_mode() else "the Hugging Face hub cannot be reached"
+        return f"no such folder, not downloaded before, and {where}"
+    return f"its {what} cannot be read ({type(error).__name__}: {_first_line(error)})"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _processed(processor: Any, images: list[Image.Image], question: str) -> Any:
+    if getattr(processor, "chat_template", None):
+        content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    placeholders = f"{processor.image_token}\n" * len(images)
+    return processor(text=f"USER: {placeholders}{question} ASSISTANT:", images=images, return_tensors="pt")
+
+
+def _unknown_words(tokenizer: Any, question: str) -> tuple[str, ...]:
+    unknown = tokenizer.unk_token_id
+    if unknown is None:
+        return ()
+    words = dict.fromkeys(re.findall(r"\w+|[^\w\s]", question))
+    return tuple(word for word in words if unknown in tokenizer(word, add_special_tokens=False)["input_ids"])
+
+
+# ---------------------------------------------------------------------------------------------------- answers
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Repeated measurements of one way to run a prompt.
+
+    Attributes:
+        ttft_ms: processor-ready inputs to first token: vision tower, prefill, lm_head.
+        decode_ms_per_token: mean over the tokens after the first, one number per repeat.
+    """
+
+    ttft_ms: tuple[float, ...]
+    decode_ms_per_token: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same prompt without pruning, and both ways measured in turn: repeat i of one beside repeat i of the other."""
+
+    vanilla_text: str
+    vanilla: Latency
+    pruned: Latency
+
+    def ratio(self, measure: Literal["ttft_ms", "decode_ms_per_token"]) -> tuple[float, float, float]:
+        """Pruned over vanilla, repeat by repeat: median, least, most."""
+        pairs = zip(getattr(self.pruned, measure), getattr(self.vanilla, measure), strict=True)
+        ratios = [pruned / vanilla for pruned, vanilla in pairs]
+        return statistics.median(ratios), min(ratios), max(ratios)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said with pruning, how it was pruned and, if wanted, the comparison with vanilla."""
+
+    text: str
+    report: Report
+    comparison: Comparison | None
+
+
+def ask(
+    checkpoint: Checkpoint,
+    prompt: Prompt,
+    pruner: Pruner,
+    *,
+    max_new_tokens: int = 64,
+    compare: bool = False,
+    progress: Callable[[str], None] = _nothing,
+) -> Answer:
+    """Load the model, answer greedily with pruning and, to compare, without.
+
+    Args:
+        checkpoint: whose model.
+        prompt: made by the same checkpoint.
+        pruner: what to keep.
+        max_new_tokens: longest answer.
+        compare: also answer without pruning, and measure the latency of both.
+        progress: told in a few words what is going on.
+
+    Raises:
+        InputError, ScheduleError, UnsupportedError: before any weight is read, for what can be known by then.
+    """
+    from adaptinfer.engine.attach import disabled
+
+    checkpoint.check(pruner, prompt)
+    progress(f"loading {checkpoint.name}")
+    model = checkpoint.load()
+    inputs = {name: value.to(checkpoint.device) for name, value in prompt.inputs.items()}
+
+    def answer() -> str:
+        tokens = _generate(model, inputs, max_new_tokens=max_new_tokens)[0, inputs["input_ids"].shape[1] :]
+        return checkpoint.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    with pruner(model) as handle:
+        progress("answering")
+        text, report = answer(), handle.report
+        assert report is not None
+        if not compare:
+            return Answer(text, report, None)
+        progress("answering without pruning")
+        with disabled(model):
+            vanilla_text = answer()
+        vanilla, pruned = _measure(model, inputs, checkpoint.device, progress)
+        return Answer(text, report, Comparison(vanilla_text, vanilla, pruned))
+
+
+def _generate(model: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+    return model.generate(**inputs, do_sample=False, num_beams=1, **options)
+
+
+def _measure(
+    model: Any, inputs: dict[str, Tensor], device: str, progress: Callable[[str], None]
+) -> tuple[Latency, Latency]:
+    """Latency without and with pruning, in turn, so that whatever else the machine does meets both alike."""
+    from adaptinfer.engine.attach import disabled
+
+    runs: dict[str, list[tuple[float, float]]] = {"vanilla": [], "pruned": []}
+    started = time.perf_counter()
+    for repeat in range(-WARM_UPS, REPEATS):
+        if repeat >= LEAST_REPEATS and time.perf_counter() - started > MEASURING_SECONDS:
+            break
+        progress("warming up" if repeat < 0 else f"measuring {repeat + 1} of {REPEATS}")
+        for way in sorted(runs, reverse=bool(repeat % 2)):  # each goes first every other time
+            if way == "vanilla":
+                with disabled(model):
+                    run = _timed(model, inputs, device)
+            else:
+                run = _timed(model, inputs, device)
+            if repeat >= 0:
+                runs[way].append(run)
+    first, second = (Latency(*map(tuple, zip(*runs[way], strict=True))) for way in ("vanilla", "pruned"))
+    return first, second
+
+
+def _timed(model: Any, inputs: dict[str, Tensor], device: str) -> tuple[float, float]:
+    """Milliseconds to the first token, and per token after it."""
+    import torch
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    def now() -> float:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    class Clock(StoppingCriteria):
+        """Asked after every token whether to stop; never does, but looks at its watch."""
+
+        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+            times.append(now())
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    times = [now()]
+    count = DECODED_TOKENS + 1
+    _generate(
+        model, inputs, min_new_tokens=count, max_new_tokens=count, stopping_criteria=StoppingCriteriaList([Clock()])
+    )
+    return 1000 * (times[1] - times[0]), 1000 * (times[-1] - times[1]) / DECODED_TOKENS
