@@ -48,7 +48,8 @@ def build(shape: str, dtype: torch.dtype, device: str) -> LlavaForConditionalGen
     )
     # The tower is never run here, so it is made as small as it can be.
     tower = CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1)
-    config = LlavaConfig(text_config=text, vision_config=tower, image_token_id=IMAGE, image_token_index=IMAGE)
+    config = LlavaConfig(text_config=text, vision_config=tower, image_token_index=IMAGE)
+    config.image_token_id = IMAGE
     with torch.device(device):
         model = LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
     return model.eval()
@@ -57,7 +58,9 @@ def build(shape: str, dtype: torch.dtype, device: str) -> LlavaForConditionalGen
 def main(
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "llava-0.2b",
     dtype: str = "float32",
-    budgets: Annotated[str, typer.Option(help="True averages of vision tokens per layer, comma-separated.")] = "192,128,64",
+    budgets: Annotated[
+        str, typer.Option(help="True averages of vision tokens per layer, comma-separated.")
+    ] = "192,128,64",
     published: Annotated[bool, typer.Option(help="Add the paper's nominal-64 schedule (32 layers only).")] = False,
     repeats: int = 7,
     batch: int = 1,

@@ -21,11 +21,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProces
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from typer.testing import CliRunner
 
-from adaptinfer import AdaptInfer
+from adaptinfer import AdaptInfer, pictures
 from adaptinfer import ask as asking
-from adaptinfer.ask import Comparison, InputError, Latency, read_pictures
+from adaptinfer.ask import Comparison, Latency
 from adaptinfer.cli import app
 from adaptinfer.embedded.scenes import COLOURS, SPLITS, render, sample_scene
+from adaptinfer.errors import InputError
+from adaptinfer.pictures import read_pictures
 from adaptinfer.schedule import PRESETS, Schedule, Stage
 
 QUESTION = "what colour is the star?"
@@ -307,7 +309,7 @@ def test_large_bomb_and_large_file(tmp_path, monkeypatch, checkpoint, no_weights
     Image.new("RGB", (100, 100)).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2_000)  # more than twice as many is an error in Pillow itself
     assert "decompression bomb" in refused(path, QUESTION, "--model", checkpoint)
-    monkeypatch.setattr(asking, "_LARGEST_FILE", 10)
+    monkeypatch.setattr(pictures, "_LARGEST_FILE", 10)
     assert "larger than" in refused(path, QUESTION, "--model", checkpoint)
 
 

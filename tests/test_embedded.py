@@ -229,7 +229,7 @@ def test_pictures_reach_the_tower_as_in_training(processor):
 
 def test_answers_held_out_questions(model, processor):
     right = []
-    for seed in SPLITS["validation"][2000:2015]:
+    for seed in SPLITS["validation"][2000:2010]:
         scene = sample_scene(seed)
         picture = render(scene, 512)
         for question in questions_for(scene, 0, 4):
@@ -239,7 +239,7 @@ def test_answers_held_out_questions(model, processor):
 
 def test_answers_in_a_later_turn(model, processor):
     right = []
-    for seed in SPLITS["validation"][3000:3015]:
+    for seed in SPLITS["validation"][3000:3020]:
         scene = sample_scene(seed)
         first, second, asked = questions_for(scene, 0, 3)
         turns = [_user(first.text, 1), _assistant(first.answer), _user(second.text), _assistant(second.answer)]
@@ -277,7 +277,7 @@ def test_draw_refuses_an_unwritable_file(tmp_path):
 def test_importing_it_is_light():
     code = (
         "import sys, adaptinfer; before = set(sys.modules); import adaptinfer.embedded; "
-        "sys.exit(str(set(sys.modules) - before - {'adaptinfer.embedded'} or 0))"
+        "print(*{'numpy', 'PIL', 'torch', 'transformers'} & (set(sys.modules) - before))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stderr.strip() in ("", "0")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

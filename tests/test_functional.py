@@ -192,7 +192,7 @@ def test_random_numbers_are_a_function_of_seed_stream_and_place():
     assert torch.equal(counter_uniform(17, seed=3, stream=1), long[:17])
     assert not torch.equal(counter_uniform(17, seed=4, stream=1), long[:17])
     assert not torch.equal(counter_uniform(17, seed=3, stream=2), long[:17])
-    assert 0 <= long.min() and long.max() < 1
+    assert long.min() >= 0 and long.max() < 1
     counts = torch.histc(long, bins=10, min=0, max=1)
     assert (counts - 500).abs().max() < 90, "about four standard deviations of a fair draw"
     assert abs(torch.corrcoef(torch.stack([long[:-1], long[1:]]))[0, 1]) < 0.05

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adaptinfer.engine.attach import Handle, attach, disabled
     from adaptinfer.engine.report import Report
-    from adaptinfer.errors import AdaptInferError, UnsupportedError
+    from adaptinfer.errors import AdaptInferError, InputError, UnsupportedError
     from adaptinfer.pruners import METHODS, AdaptInfer, Pruner, PrunerError, Random
     from adaptinfer.pruners.config import from_pretrained
     from adaptinfer.schedule import PRESETS, ModelShape, Schedule, ScheduleError, Stage, preset, solve
@@ -24,6 +24,7 @@ __all__ = [
     "AdaptInfer",
     "AdaptInferError",
     "Handle",
+    "InputError",
     "ModelShape",
     "Pruner",
     "PrunerError",
@@ -43,7 +44,7 @@ __all__ = [
 _HOME = {
     "engine.attach": ("Handle", "attach", "disabled"),
     "engine.report": ("Report",),
-    "errors": ("AdaptInferError", "UnsupportedError"),
+    "errors": ("AdaptInferError", "InputError", "UnsupportedError"),
     "pruners": ("METHODS", "AdaptInfer", "Pruner", "PrunerError", "Random"),
     "pruners.config": ("from_pretrained",),
     "schedule": ("PRESETS", "ModelShape", "Schedule", "ScheduleError", "Stage", "preset", "solve"),

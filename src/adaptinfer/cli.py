@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
-from adaptinfer.errors import AdaptInferError
+from adaptinfer.errors import AdaptInferError, InputError
 from adaptinfer.schedule import PRESETS, Schedule, ScheduleError, preset
 
 if TYPE_CHECKING:
@@ -171,7 +171,8 @@ def _ask(
 
     [dim]adaptinfer ask photo.png "What colour is the star?" --budget 14 --compare --overlay kept.png[/dim]
     """
-    from adaptinfer.ask import InputError, check_question, read_pictures
+    from adaptinfer.ask import check_question
+    from adaptinfer.pictures import read_pictures
 
     *images, question = arguments
     if not images:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["AdaptInferError", "UnsupportedError"]
+__all__ = ["AdaptInferError", "InputError", "UnsupportedError"]
 
 
 class AdaptInferError(Exception):
@@ -11,3 +11,7 @@ class AdaptInferError(Exception):
 
 class UnsupportedError(AdaptInferError, ValueError):
     """The model, the input or the way of decoding is one that pruning would get wrong, so nothing was run."""
+
+
+class InputError(AdaptInferError, ValueError):
+    """A picture, a question or a checkpoint that cannot be used; the message says which and why."""

@@ -89,7 +89,9 @@ class Handle:
             raise AdaptInferError("a pruner is attached to this model already; call its handle's detach() first")
         self._family = family_of(model)
         if any(hasattr(layer.self_attn.config, "adaptinfer_original") for layer in model.get_decoder().layers):
-            raise AdaptInferError("a pruner is attached to a part of this model already; call its handle's detach() first")
+            raise AdaptInferError(
+                "a pruner is attached to a part of this model already; call its handle's detach() first"
+            )
         if pruner.positions == "compact" and not self._family.compact:
             raise UnsupportedError(
                 f"positions='compact' renumbers one-dimensional positions, and {self._family.model_type} rotates by "
