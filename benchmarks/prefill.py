@@ -10,6 +10,7 @@ pruning inside the language model leaves as it is.
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -126,14 +127,15 @@ def main(
             f"{bound:.2f}×",
             f"{ratio / bound:.0%}",
         )
-    Console().print(table)
-    Console().print(f"vanilla median {vanilla * 1e3:.0f} ms over {repeats} repeats, all methods interleaved")
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    console.print(f"vanilla median {vanilla * 1e3:.0f} ms over {repeats} repeats, all methods interleaved")
     path = write(
         f"prefill_{shape}_{dtype}_{device}_b{batch}",
         {"shape": shape, "dtype": dtype, "device": device, "batch": batch, "repeats": repeats, "results": results},
         json,
     )
-    Console().print(f"written to {path}", soft_wrap=True)
+    console.print(f"written to {path}", soft_wrap=True)
 
 
 if __name__ == "__main__":

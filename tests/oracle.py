@@ -80,12 +80,17 @@ class Oracle:
         return self._run(inputs).logits
 
     def generate(self, inputs, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Greedy tokens [B, steps] and their logits, each step a full run without a cache."""
+        """Greedy tokens [B, steps] and their logits, each step a full run without a cache.
+
+        Placeholders are never generated: a later full run would look for their images.
+        """
         inputs, tokens, logits = dict(inputs), [], []
         for _ in range(steps):
             last = self.logits(inputs)[:, -1]
             logits.append(last)
-            tokens.append(last.argmax(dim=-1))
+            speakable = last.clone()
+            speakable[:, list(self.placeholders)] = float("-inf")
+            tokens.append(speakable.argmax(dim=-1))
             inputs = grown(inputs, tokens[-1][:, None])
         return torch.stack(tokens, dim=1), torch.stack(logits, dim=1)
 

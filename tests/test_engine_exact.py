@@ -15,6 +15,7 @@ import adaptinfer
 from adaptinfer import AdaptInfer, Random, Schedule, Stage, UnsupportedError, attach
 
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+GREEDY["suppress_tokens"] = [tiny.IMAGE, tiny.VIDEO]  # a random model may say them, and then look for their image
 TWO_STAGES = Schedule((Stage(1, 20), Stage(3, 6)), tiny.LAYERS)
 EVERY_MODEL = [(family, attention) for family in tiny.FAMILIES for attention in ("sdpa", "eager")]
 each_model = pytest.mark.parametrize(("family", "attention"), EVERY_MODEL, ids=["-".join(pair) for pair in EVERY_MODEL])
@@ -236,7 +237,7 @@ def test_long_questions_are_not_cut(models):
     """Silent bug 6: no maximum length hides in the pruning code."""
     prompts = [tiny.simple("llava", before=150, after=300)]
     inputs = tiny.batch("llava", prompts)
-    oracle = Oracle(models("llava", "eager"), {1: [20], 3: [6]}, (tiny.IMAGE,))
+    oracle = Oracle(models("llava", "eager"), {1: [20], 3: [6]}, (tiny.IMAGE, tiny.VIDEO))
     kept = oracle.settle(inputs)
     with attach(models("llava"), AdaptInfer(schedule=TWO_STAGES)) as handle:
         result = logits(models("llava"), inputs)
@@ -249,7 +250,7 @@ def test_long_questions_are_not_cut(models):
 def test_other_text_models_of_llava(text):
     model, eager = tiny.llava("sdpa", text), tiny.llava("eager", text)
     inputs = tiny.batch("llava", three("llava"))
-    oracle = Oracle(eager, {1: [20] * 3, 3: [6] * 3}, (tiny.IMAGE,))
+    oracle = Oracle(eager, {1: [20] * 3, 3: [6] * 3}, (tiny.IMAGE, tiny.VIDEO))
     kept = oracle.settle(inputs)
     tokens, _ = oracle.generate(inputs, 5)
     with attach(model, AdaptInfer(schedule=TWO_STAGES)) as handle:
@@ -260,7 +261,7 @@ def test_other_text_models_of_llava(text):
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_prior_weight_reaches_the_score(models, weight):
     inputs = tiny.batch("llava", three("llava"))
-    oracle = Oracle(models("llava", "eager"), {1: [20] * 3, 3: [6] * 3}, (tiny.IMAGE,), prior_weight=weight)
+    oracle = Oracle(models("llava", "eager"), {1: [20] * 3, 3: [6] * 3}, (tiny.IMAGE, tiny.VIDEO), prior_weight=weight)
     kept = oracle.settle(inputs)
     with attach(models("llava"), AdaptInfer(schedule=TWO_STAGES, prior_weight=weight)) as handle:
         logits(models("llava"), inputs)

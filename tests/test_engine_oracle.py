@@ -110,6 +110,7 @@ def test_cached_decoding_is_recomputation(models, family, attention, prompts, po
             min_new_tokens=5,
             do_sample=False,
             eos_token_id=None,
+            suppress_tokens=list(PLACEHOLDERS),
             return_dict_in_generate=True,
             output_logits=True,
         )
@@ -133,6 +134,7 @@ def test_second_turn_on_one_cache(models, family, attention, positions):
     question = torch.tensor([[5, 17, 33, 41, 8]])
     model = models(family, attention)
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    options["suppress_tokens"] = list(PLACEHOLDERS)
     first, _ = oracle.generate(inputs, 3)
     turn = grown(grown(inputs, first), question)
     tokens, logits = oracle.generate(turn, 3)

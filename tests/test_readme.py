@@ -1,0 +1,36 @@
+"""The README's Python runs as it stands, and its figures are those of the committed results."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_ten_lines_run(monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "red" in printed and "(64, 36, 36, 36, 36, 9" in printed
+
+
+def test_accuracy_is_that_of_the_committed_run():
+    card = (ROOT / "src/adaptinfer/embedded/checkpoint/README.md").read_text(encoding="utf-8")
+    results = json.loads((ROOT / "benchmarks/results/embedded_accuracy.json").read_text())["results"]
+    for result in results.values():
+        cells = [f"{100 * r['share']:.1f} ± {r['margin_points']:.1f}" for r in result["accuracy"].values()]
+        assert " | ".join(cells) in README
+        assert " | ".join(cells) in card
+
+
+def test_speed_is_that_of_the_committed_run():
+    results = json.loads((ROOT / "benchmarks/results/prefill_llava-1b_float32_cpu_b1.json").read_text())["results"]
+    for result in results.values():
+        ms = [1e3 * seconds for seconds in result["seconds"]]
+        row = f"| {statistics.median(ms):.0f} | {min(ms):.0f}–{max(ms):.0f} | {result['speed_up']:.2f}× |"
+        assert row in README
