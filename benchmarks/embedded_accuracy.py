@@ -98,7 +98,8 @@ def answers(model, processor, inputs: BatchFeature, pruner: Pruner | None) -> tu
     with pruner(model) if pruner else contextlib.nullcontext() as handle:
         out = model.generate(**inputs, max_new_tokens=4)
     said = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return said, handle.report.true_average[0] if handle else float(GRID * GRID)
+    report = handle.report if handle else None
+    return said, report.true_average[0] if report else float(GRID * GRID)
 
 
 def margin(right: float, of: int) -> float:
@@ -143,6 +144,7 @@ def main() -> None:
     started = time.perf_counter()
     for name, runs in plans(options.budgets, options.methods, options.seeds).items():
         hits: dict[str, list[bool]] = {kind: [] for kind in KINDS}
+        average = 0.0
         for plan in runs:
             for number, (part, inputs) in enumerate(batches):
                 said, average = answers(model, processor, inputs, plan(number, part))
