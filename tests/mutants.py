@@ -109,8 +109,8 @@ MUTANTS = [
     Mutant(
         "11: the score is a plain mean over text rows",
         "functional.py",
-        '    return torch.einsum("bht,bhtv->bv", prior, text_to_vision.float())',
-        "    return text_to_vision.float().mean(dim=(1, 2))",
+        '    return torch.einsum("bht,bhtv->bv", prior, to_vision), to_vision.sum',
+        "    return to_vision.mean(dim=(1, 2)), to_vision.sum",
         "tests/test_functional.py",
     ),
     Mutant(
@@ -142,8 +142,8 @@ MUTANTS = [
     Mutant(
         "the diagonal of S is counted twice",
         "functional.py",
-        "    symmetric = attention + attention.transpose(2, 3) - torch.diag_embed(attention.diagonal(dim1=2, dim2=3))",
-        "    symmetric = attention + attention.transpose(2, 3)",
+        "    prior = attention.sum(dim=2) + attention.sum(dim=3) - attention.diagonal(dim1=2, dim2=3)",
+        "    prior = attention.sum(dim=2) + attention.sum(dim=3)",
         "tests/test_functional.py",
     ),
     Mutant(
@@ -163,8 +163,8 @@ MUTANTS = [
     Mutant(
         "early drop leaves the MLP at full size",
         "engine/attach.py",
-        "            for module in (layer.self_attn.o_proj, layer.mlp):",
-        "            for module in (layer.self_attn.o_proj,):",
+        "                for module in (layer.self_attn.o_proj, layer.mlp):",
+        "                for module in (layer.self_attn.o_proj,):",
         "tests/test_engine_exact.py::test_early_drop_spares_the_work",
     ),
     Mutant(
@@ -184,9 +184,72 @@ MUTANTS = [
     Mutant(
         "a failed call leaves its state behind",
         "engine/attach.py",
-        "        after(self._base, self._end, always_call=True)",
-        "        after(self._base, self._end)",
+        "            finally:\n                ACTIVE.reset(token)",
+        "            except Exception:\n                ACTIVE.reset(token)\n                raise",
         "tests/test_engine_exact.py::test_a_failed_call_leaves_nothing_behind",
+    ),
+    Mutant(
+        "masked vision tokens are counted, and the question is cut instead",
+        "engine/layout.py",
+        "        vision = vision & real  # a masked image is padding: nothing attends to it",
+        "        pass",
+        "tests/test_engine_more.py::test_a_masked_part_of_an_image_is_padding",
+    ),
+    Mutant(
+        "the padding of a later turn is read from the wrong end of the mask",
+        "engine/layout.py",
+        "attention_mask[:, -length:]",
+        "attention_mask[:, :length]",
+        "tests/test_engine_more.py",
+    ),
+    Mutant(
+        "video tokens are no vision tokens",
+        "engine/families.py",
+        '("image_token_id", "video_token_id")',
+        '("image_token_id",)',
+        "tests/test_engine_more.py::test_video",
+    ),
+    Mutant(
+        "compact positions forget what earlier turns dropped",
+        "engine/forward.py",
+        "            shift = within if shift is None else within + shift",
+        "            shift = within",
+        "tests/test_engine_more.py",
+    ),
+    Mutant(
+        "compact positions of later tokens forget what earlier turns dropped",
+        "engine/forward.py",
+        "                shift = self._dropped_before()[:, -1:] + (0 if history is None else _shift(history))",
+        "                shift = self._dropped_before()[:, -1:]",
+        "tests/test_engine_more.py",
+    ),
+    Mutant(
+        "a reordered batch keeps the old history",
+        "engine/cache.py",
+        "        super().reorder_cache(beam_idx)\n        self._take(beam_idx)",
+        "        super().reorder_cache(beam_idx)",
+        "tests/test_engine_more.py::test_reordering_moves_the_history",
+    ),
+    Mutant(
+        "another model's layers are taken for this one's",
+        "engine/attach.py",
+        " or forward.owner is not module.config.adaptinfer_owner:",
+        ":",
+        "tests/test_engine_more.py::test_another_attached_model_inside_a_forward",
+    ),
+    Mutant(
+        "the pruning layer attends for the dropped rows too",
+        "engine/attach.py",
+        "    if rows is None or 2 * rows.shape[1] > entered:",
+        "    if True:",
+        "tests/test_engine_exact.py::test_early_drop_spares_the_work",
+    ),
+    Mutant(
+        "padding is reported as text",
+        "engine/attach.py",
+        "            text_tokens=tuple(r - v for r, v in zip(layout.real_counts, layout.vision_counts, strict=True)),",
+        "            text_tokens=tuple(forward.length - v for v in layout.vision_counts),",
+        "tests/test_engine_more.py::test_report_counts_a_samples_own_tokens",
     ),
     Mutant(
         "a layer reads the device",

@@ -153,24 +153,32 @@ def test_early_drop_changes_nothing(models, family, attention, stages):
 
 
 def test_early_drop_spares_the_work(models, monkeypatch):
-    """The pruning layer's output projection and MLP see survivors only."""
+    """The pruning layer's attention, output projection and MLP see survivors only."""
     model = models("llava")
     layer = model.get_decoder().layers[1]
     inputs = tiny.batch("llava", [tiny.simple("llava")])
-    original, rows = torch.nn.functional.linear, {}
+    linear, attend = torch.nn.functional.linear, torch.nn.functional.scaled_dot_product_attention
+    rows, queries = {}, []
 
-    def counting(x, weight, bias=None):
+    def counting_linear(x, weight, bias=None):
         rows[id(weight)] = x.shape[-2]
-        return original(x, weight, bias)
+        return linear(x, weight, bias)
 
-    monkeypatch.setattr(torch.nn.functional, "linear", counting)
-    with attach(model, AdaptInfer(schedule=TWO_STAGES)):
+    def counting_attention(query, *args, **kwargs):
+        queries.append(query.shape[2])
+        return attend(query, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counting_linear)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counting_attention)
+    with attach(model, AdaptInfer(schedule=Schedule((Stage(1, 12), Stage(3, 6)), tiny.LAYERS))):
         logits(model, inputs)
     entered = inputs["input_ids"].shape[1]
-    survivors = entered - tiny.LLAVA_TOKENS + 20
+    first, second = entered - tiny.LLAVA_TOKENS + 12, entered - tiny.LLAVA_TOKENS + 6
     assert rows[id(layer.self_attn.k_proj.weight)] == entered
-    assert rows[id(layer.self_attn.o_proj.weight)] == survivors
-    assert rows[id(layer.mlp.gate_proj.weight)] == survivors
+    assert rows[id(layer.self_attn.o_proj.weight)] == first
+    assert rows[id(layer.mlp.gate_proj.weight)] == first
+    # In layer 3 more than half of the tokens go on, so all rows keep the causal kernel.
+    assert queries[-tiny.LAYERS :] == [entered, first, first, first, second, second]
 
 
 @each_family
@@ -483,21 +491,23 @@ def test_two_models_in_turn(models):
             assert [len(stage[0]) for stage in b.report.kept] == [11]
 
 
-def test_a_failed_call_leaves_nothing_behind(models, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failed_call_leaves_nothing_behind(models, monkeypatch, error):
+    """Also when the user interrupts: torch skips hooks then."""
+    from adaptinfer.engine.forward import ACTIVE
+
     model, inputs = models("llava"), tiny.batch("llava", three("llava"))
     with attach(model, AdaptInfer(schedule=TWO_STAGES)):
         expected = logits(model, inputs)
         layer = model.get_decoder().layers[3]
 
         def explode(*args, **kwargs):
-            raise RuntimeError("half way")
+            raise error("half way")
 
         with monkeypatch.context() as patch:
             patch.setattr(layer.mlp, "forward", explode)
-            with pytest.raises(RuntimeError, match="half way"):
+            with pytest.raises(error, match="half way"):
                 logits(model, inputs)
-        from adaptinfer.engine.forward import ACTIVE
-
         assert ACTIVE.get() is None
         assert torch.equal(logits(model, inputs), expected)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 __all__ = [
     "attention_rows",
+    "combine_sums",
     "counter_uniform",
     "gather_tokens",
     "marked_first",
@@ -20,6 +21,7 @@ __all__ = [
     "scatter_tokens",
     "select_top_k",
     "text_guided_score",
+    "text_guided_sums",
     "top_k_mask",
 ]
 
@@ -56,18 +58,53 @@ def text_guided_score(
             f"text_to_text must be [B, H, T, T] and text_to_vision [B, H, T, V]; "
             f"got {tuple(text_to_text.shape)} and {tuple(text_to_vision.shape)}"
         )
-    attention = text_to_text.float()
+    sums = text_guided_sums(text_to_text, text_to_vision, text_mask)
+    return combine_sums([sums], heads, rows if text_mask is None else text_mask.sum(dim=1), prior_weight)
+
+
+def text_guided_sums(
+    text_to_text: Tensor, text_to_vision: Tensor, text_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The parts of the score that add up over heads, so that a long prompt can be scored a few heads at a time.
+
+    Args:
+        text_to_text: as in `text_guided_score`, for some of the heads.
+        text_to_vision: as in `text_guided_score`, for the same heads.
+        text_mask: as in `text_guided_score`.
+
+    Returns:
+        Σ_hj w_hj A_hjv with the prior w of λ = 1, [B, V]; the same with w = 1, [B, V]; Σ_hij S_hij, [B]. All float32.
+    """
+    attention, to_vision = text_to_text.float(), text_to_vision.float()
     if text_mask is not None:
         attention = attention * (text_mask[:, None, :, None] & text_mask[:, None, None, :])
-    symmetric = attention + attention.transpose(2, 3) - torch.diag_embed(attention.diagonal(dim1=2, dim2=3))
-    prior = prior_weight * symmetric.sum(dim=2)
-    if prior_weight < 1.0:
-        real_rows = rows if text_mask is None else text_mask.sum(dim=1).clamp(min=1)[:, None, None]
-        mean = symmetric.sum(dim=(1, 2, 3), keepdim=True)[..., 0] / (heads * real_rows**2)
-        prior = prior + (1.0 - prior_weight) * mean * real_rows
-    if text_mask is not None:
-        prior = prior * text_mask[:, None, :]
-    return torch.einsum("bht,bhtv->bv", prior, text_to_vision.float())
+        to_vision = to_vision * text_mask[:, None, :, None]
+    # Σ_i S_ij, without making S: column sum and row sum of A, less the diagonal, which stands in both.
+    prior = attention.sum(dim=2) + attention.sum(dim=3) - attention.diagonal(dim1=2, dim2=3)
+    return torch.einsum("bht,bhtv->bv", prior, to_vision), to_vision.sum(dim=(1, 2)), prior.sum(dim=(1, 2))
+
+
+def combine_sums(
+    parts: list[tuple[Tensor, Tensor, Tensor]], heads: int, real_rows: int | Tensor, prior_weight: float
+) -> Tensor:
+    """The score from `text_guided_sums` of all heads.
+
+    Args:
+        parts: one entry per group of heads.
+        heads: H, over all groups.
+        real_rows: text rows that are no padding: one number, or [B].
+        prior_weight: λ.
+
+    Returns:
+        float32 [B, V].
+    """
+    weighted, plain, mass = (torch.stack(sums).sum(dim=0) for sums in zip(*parts, strict=True))
+    if prior_weight == 1.0:
+        return weighted
+    rows = real_rows.clamp(min=1) if isinstance(real_rows, Tensor) else real_rows
+    # mean(S) over heads and pairs, once for each of the rows that a column of S~ is summed over
+    uniform = mass / (heads * rows)
+    return prior_weight * weighted + (1.0 - prior_weight) * uniform[:, None] * plain
 
 
 def attention_rows(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:

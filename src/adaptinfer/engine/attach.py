@@ -6,7 +6,7 @@ import copy
 import functools
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,12 @@ from adaptinfer.engine.report import Report
 from adaptinfer.engine.stage import rows_of_mask
 from adaptinfer.errors import AdaptInferError, UnsupportedError
 from adaptinfer.functional import gather_tokens, scatter_tokens
-from adaptinfer.schedule import ModelShape, Schedule
+from adaptinfer.pruners.base import Pruner
+from adaptinfer.schedule import ModelShape, Schedule, ScheduleError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
-
-    from adaptinfer.pruners.base import Pruner
 
 __all__ = ["Handle", "attach", "disabled"]
 
@@ -47,7 +46,8 @@ def attach(model: Any, pruner: Pruner, *, early_drop: bool = True) -> Handle:
 
     Args:
         model: a loaded vision-language model of a supported family.
-        pruner: what to keep, for example ``AdaptInfer(budget=64)``.
+        pruner: what to keep, for example ``AdaptInfer(budget=64)``. Attach to the object whose ``generate`` you call,
+            which is then checked for ways of decoding that would go wrong.
         early_drop: skip attention outputs, output projection and MLP of the tokens that a pruning layer drops; the
             results are the same either way, so switch it off only to measure what it saves.
 
@@ -56,7 +56,7 @@ def attach(model: Any, pruner: Pruner, *, early_drop: bool = True) -> Handle:
 
     Raises:
         UnsupportedError: the model is not supported.
-        AdaptInferError: a pruner is attached already.
+        AdaptInferError: a pruner is attached already, or ``pruner`` is none.
         ScheduleError: the pruner's schedule does not fit the model's depth.
     """
     return Handle(model, pruner, early_drop)
@@ -66,7 +66,8 @@ def attach(model: Any, pruner: Pruner, *, early_drop: bool = True) -> Handle:
 def disabled(model: Any) -> Iterator[None]:
     """Run a model without pruning for the length of a ``with`` block, in this thread only.
 
-    A cache that was pruned before is still read correctly.
+    A thread started inside the block prunes: open the block in the thread. A cache that was pruned before is still read
+    correctly.
 
     Raises:
         AdaptInferError: no pruner is attached to the model.
@@ -87,6 +88,8 @@ class Handle:
     def __init__(self, model: Any, pruner: Pruner, early_drop: bool) -> None:
         if _HANDLE in getattr(model, "__dict__", {}):
             raise AdaptInferError("a pruner is attached to this model already; call its handle's detach() first")
+        if not isinstance(pruner, Pruner):
+            raise AdaptInferError(f"pruner: must be a pruner such as AdaptInfer(budget=64), not {pruner!r}")
         self._family = family_of(model)
         if any(hasattr(layer.self_attn.config, "adaptinfer_original") for layer in model.get_decoder().layers):
             raise AdaptInferError(
@@ -104,6 +107,9 @@ class Handle:
         self._placeholders = tuple(getattr(model.config, name) for name in self._family.placeholders)
         self._plans: dict[int, Schedule] = {}
         self._hooks: list[RemovableHandle] = []
+        self._hooked_stages: set[int] = set()
+        self._hooking = threading.Lock()
+        self._overrides: list[tuple[Any, str, Any, Any]] = []
         self._attention_configs: list[tuple[Any, Any]] = []
         self._reports = threading.local()
         self._latest: Report | None = None
@@ -116,7 +122,10 @@ class Handle:
 
     @property
     def report(self) -> Report | None:
-        """The last prefill of this thread or, if it ran none, of any thread; None before the first."""
+        """The last prefill of this thread or, if it ran none, of any thread; None before the first.
+
+        Read it in the thread that generates.
+        """
         return getattr(self._reports, "last", self._latest)
 
     def plan(self, vision_tokens: int) -> Schedule:
@@ -130,15 +139,22 @@ class Handle:
         return self._plans[vision_tokens]
 
     def detach(self) -> None:
-        """Leave the model exactly as it was before `attach`. Doing it twice is harmless."""
+        """Leave the model exactly as it was before `attach`, and let go of it. Doing it twice is harmless."""
+        model, self._model = self._model, None
+        if model is None:
+            return
         for hook in self._hooks:
             hook.remove()
         for attention, config in self._attention_configs:
             attention.config = config
-        self._hooks, self._attention_configs = [], []
-        if self._model.__dict__.get(_HANDLE) is self:
-            del self._model.__dict__[_HANDLE]
-            self._model.__dict__.pop("generate", None)
+        for owner, name, ours, before in self._overrides:
+            if vars(owner).get(name) is ours:
+                del vars(owner)[name]
+                if before is not None:
+                    vars(owner)[name] = before
+        del vars(model)[_HANDLE]
+        self._hooks, self._attention_configs, self._overrides = [], [], []
+        self._base = self._decoder = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise AdaptInferError("a model with a pruner attached cannot be copied or pickled; detach first")
@@ -152,31 +168,57 @@ class Handle:
     # -- installation -----------------------------------------------------------------------------------------------
 
     def _install(self) -> None:
-        def before(module: nn.Module, hook: Any) -> None:
-            self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-
-        def after(module: nn.Module, hook: Any, **options: bool) -> None:
-            self._hooks.append(module.register_forward_hook(hook, **options))
-
-        before(self._model, self._check_call)
-        before(self._base, self._begin)
-        after(self._base, self._end, always_call=True)
-        after(self._decoder.norm, self._restore_length)
+        self._before(self._model, self._check_call)
+        self._after(self._decoder.norm, self._restore_length)
         AttentionInterface.register(_ATTENTION, _attention_in_stage)
         for number, layer in enumerate(self._decoder.layers):
-            before(layer, functools.partial(self._enter_layer, number))
-            for module in (layer.self_attn.o_proj, layer.mlp):
-                before(module, functools.partial(self._drop_rows, number))
-                after(module, functools.partial(self._restore_rows, number))
+            self._before(layer, functools.partial(self._enter_layer, number))
             # Only this module reads the copy, so masks, flags and every other module still see the model's own config.
             original = layer.self_attn.config
             tapped = copy.copy(original)
             tapped._attn_implementation_internal = _ATTENTION
-            tapped.adaptinfer_original = original
+            tapped.adaptinfer_original, tapped.adaptinfer_owner = original, self
             layer.self_attn.config = tapped
             self._attention_configs.append((layer.self_attn, original))
+        # Not a pair of hooks: those are skipped when a user interrupts the call.
+        self._override(self._base, "forward", self._within_forward(self._base.forward))
         if hasattr(self._model, "generate"):
-            self._model.__dict__["generate"] = self._guarded(self._model.generate)
+            self._override(self._model, "generate", self._guarded(self._model.generate))
+
+    def _before(self, module: nn.Module, hook: Any) -> None:
+        self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _after(self, module: nn.Module, hook: Any) -> None:
+        self._hooks.append(module.register_forward_hook(hook))
+
+    def _override(self, owner: Any, name: str, function: Any) -> None:
+        self._overrides.append((owner, name, function, vars(owner).get(name)))
+        vars(owner)[name] = function
+
+    def _hook_stages(self, layers: Iterable[int]) -> None:
+        """Early drop in the projection and MLP of pruning layers; other layers are spared the hooks."""
+        with self._hooking:
+            for number in set(layers) - self._hooked_stages:
+                layer = self._decoder.layers[number]
+                for module in (layer.self_attn.o_proj, layer.mlp):
+                    self._before(module, functools.partial(self._drop_rows, number))
+                    self._after(module, functools.partial(self._restore_rows, number))
+                self._hooked_stages.add(number)
+
+    def _within_forward(self, run: Any) -> Any:
+        @functools.wraps(run)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            state = self._begin(arguments_of(run, args, kwargs))
+            token = ACTIVE.set(state)
+            try:
+                output = run(*args, **kwargs)
+            finally:
+                ACTIVE.reset(token)
+            if state is not None:
+                self._finish(state)
+            return output
+
+        return forward
 
     def _guarded(self, generate: Any) -> Any:
         @functools.wraps(generate)
@@ -200,32 +242,31 @@ class Handle:
         if not self._is_disabled():
             check_labels(arguments_of(self._model.forward, args, kwargs))
 
-    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        arguments = arguments_of(self._base.forward, args, kwargs)
+    def _begin(self, arguments: dict[str, Any]) -> Forward | None:
+        """Read the prompt, settle the stages, refuse what would go wrong; all before any work."""
         off = self._is_disabled()
         ids = arguments.get("input_ids") if off else check_ids(arguments)
         new = arguments.get("inputs_embeds") if ids is None else ids
         if new is None:
-            return  # the model itself says what is missing
+            return None  # the model itself says what is missing
         cache = cache_argument(arguments)
         if cache is not None and not hasattr(cache, "get_seq_length"):
             check_cache(cache)  # refuses it by name
         past = cache.get_seq_length() if cache is not None else 0
         length = new.shape[1]
         layout, stages = None, {}
-        if not off and not (past and length == 1):  # a single new token is decoding
+        if ids is not None and not off and not (past and length == 1):  # a single new token is decoding
             mask = arguments.get("attention_mask")
             flat = mask if mask is not None and getattr(mask, "ndim", 0) == 2 else None
-            assert ids is not None
             layout = read_layout(ids, flat, self._placeholders)
             stages = self._stages(layout)
             if stages:
                 check_forward(self._model, arguments)
                 if cache is not None:
                     check_cache(cache)
-        forward = Forward(self, self.pruner, past, length, layout, stages, self.early_drop, self._decoder.rotary_emb)
-        # The forward keeps the token, so that the matching reset needs no other place to look.
-        forward.token = ACTIVE.set(forward)
+                if self.early_drop:
+                    self._hook_stages(stages)
+        return Forward(self, self.pruner, past, length, layout, stages, self.early_drop, self._decoder.rotary_emb)
 
     def _stages(self, layout: PromptLayout) -> dict[int, tuple[int, ...]]:
         """Vision tokens that each sample keeps behind each stage; stages at which no sample drops any are left out."""
@@ -233,8 +274,13 @@ class Handle:
         planned: dict[int, dict[int, int]] = {}
         for row, count in enumerate(layout.vision_counts):
             if count:
-                schedule = self.plan(count)
-                for stage, keep in zip(schedule.stages, schedule.keeps(count), strict=True):
+                try:
+                    schedule = self.plan(count)
+                    keeps = schedule.keeps(count)
+                except ScheduleError as error:
+                    where = f" (sample {row} of the batch)" if len(left) > 1 else ""
+                    raise ScheduleError(f"{error}{where}") from None
+                for stage, keep in zip(schedule.stages, keeps, strict=True):
                     planned.setdefault(stage.layer, {})[row] = keep
         stages = {}
         for layer in sorted(planned):
@@ -281,15 +327,10 @@ class Handle:
         forward = self._active()
         return None if forward is None or forward.segment is None else forward.restore_length(output)
 
-    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        forward = self._active()
-        if forward is None:
-            return
-        assert forward.token is not None
-        ACTIVE.reset(forward.token)
+    def _finish(self, forward: Forward) -> None:
         layout = forward.layout
-        if output is None or layout is None or (forward.past and not any(layout.vision_counts)):
-            return  # it failed, or it was no prefill
+        if layout is None or (forward.past and not any(layout.vision_counts)):
+            return  # it was no prefill
         report = self._make_report(forward, layout)
         self._reports.last = self._latest = report
 
@@ -320,7 +361,8 @@ def _attention_in_stage(
     else:
         attend = ALL_ATTENTION_FUNCTIONS[backend]
     forward, layer = ACTIVE.get(), module.layer_idx
-    if forward is None or not forward.scores_in(layer):
+    # Another model may run inside a forward of this one, so the layer's number alone does not tell.
+    if forward is None or not forward.scores_in(layer) or forward.owner is not module.config.adaptinfer_owner:
         return attend(module, query, key, value, attention_mask, **kwargs)
     forward.choose(layer, query, key, attention_mask, kwargs["scaling"])
     rows = forward.dropping(layer)

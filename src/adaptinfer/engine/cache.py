@@ -6,7 +6,7 @@ so that it follows the cache wherever it goes: decoding, further turns, deep cop
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,16 +33,21 @@ class History:
     valid: Tensor | None
     length: int
     shift: Tensor | None
+    _moved: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def rows(self, indices: Tensor) -> History:
-        """The history of a re-ordered, repeated or cut batch."""
-        indices = indices.to(self.columns.device)
-        return replace(
-            self,
-            columns=self.columns[indices],
-            valid=None if self.valid is None else self.valid[indices],
-            shift=None if self.shift is None else self.shift[indices],
-        )
+        """The history of a re-ordered, repeated or cut batch; one object for all layers that share this one."""
+        if self._moved.get("indices") is not indices:
+            at = indices.to(self.columns.device)
+            moved = replace(
+                self,
+                columns=self.columns[at],
+                valid=None if self.valid is None else self.valid[at],
+                shift=None if self.shift is None else self.shift[at],
+                _moved={},
+            )
+            self._moved.update(indices=indices, history=moved)
+        return self._moved["history"]
 
 
 class PrunedLayer(DynamicLayer):

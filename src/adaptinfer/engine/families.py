@@ -13,7 +13,7 @@ from adaptinfer.errors import UnsupportedError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "Family", "check_backend", "family_of"]
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,22 @@ def family_of(model: nn.Module) -> Family:
         raise UnsupportedError(
             f"{model_type} with the text model {text.model_type!r} is not supported; use one of {family.text_types}"
         )
-    if text._attn_implementation not in _ATTENTION_BACKENDS:
-        raise UnsupportedError(
-            f"attention backend {text._attn_implementation!r} is not supported yet; load the model with "
-            f"attn_implementation='sdpa' (fast) or 'eager'"
-        )
+    check_backend(text)
     layer_types = getattr(text, "layer_types", None) or []
     windowed = any("sliding" in kind or "chunked" in kind for kind in layer_types)
     if windowed or (not layer_types and getattr(text, "sliding_window", None)):
         raise UnsupportedError("sliding-window attention layers are not supported yet; disable them in the text config")
     return family
+
+
+def check_backend(text_config: Any) -> None:
+    """Refuse attention backends that the engine does not serve.
+
+    Raises:
+        UnsupportedError: naming the backend.
+    """
+    if text_config._attn_implementation not in _ATTENTION_BACKENDS:
+        raise UnsupportedError(
+            f"attention backend {text_config._attn_implementation!r} is not supported yet; load the model with "
+            "attn_implementation='sdpa' (fast) or 'eager'"
+        )

@@ -6,7 +6,7 @@ model, or two models in one thread, never see each other's.
 
 from __future__ import annotations
 
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,6 @@ class Forward:
         self._stages = stages
         self._counts = layout.vision_counts if layout else ()
         self._memo: dict[Any, Any] = {}
-        self.token: Token[Forward | None] | None = None
 
     # -- inside a pruning layer -------------------------------------------------------------------------------------
 
@@ -103,9 +102,7 @@ class Forward:
         keeps = self._stages[layer]
         text_index, text_mask = rectangle(text, layout.text_counts)
         vision_index, vision_mask = rectangle(vision, self._counts)
-        view = StageView(
-            layer, len(self.records), query, key, mask, scaling, text_index, text_mask, vision_index, vision_mask
-        )
+        view = StageView(layer, query, key, mask, scaling, text_index, text_mask, vision_index, vision_mask)
         score = self._pruner.score(view)
         candidates = torch.ones_like(vision_index, dtype=torch.bool) if vision_mask is None else vision_mask
         k = keeps[0] if min(keeps) == max(keeps) else torch.tensor(keeps).to(device, non_blocking=True)[:, None]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from adaptinfer.engine.cache import cache_argument, check_cache
+from adaptinfer.engine.families import check_backend
 from adaptinfer.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -32,11 +33,12 @@ def check_generate(model: Any, kwargs: dict[str, Any]) -> None:
     Raises:
         UnsupportedError: naming the argument.
     """
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    # transformers fills what a call leaves open from the config that was passed, and then from the model's own.
+    configs = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
 
     def setting(name: str) -> Any:
-        value = kwargs.get(name)
-        return getattr(config, name, None) if value is None else value
+        values = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+        return next((value for value in values if value is not None), None)
 
     if kwargs.get("inputs_embeds") is not None and kwargs.get("input_ids", kwargs.get("inputs")) is None:
         raise UnsupportedError(_NO_IDS)
@@ -77,6 +79,7 @@ def check_forward(model: Any, arguments: dict[str, Any]) -> None:
     if model.training:
         raise UnsupportedError(f"the model is in training mode; call model.eval() first, {_ESCAPE}")
     config = model.config.get_text_config()
+    check_backend(config)
     for flag in ("output_attentions", "output_hidden_states"):
         wanted = arguments.get(flag)
         if getattr(config, flag, False) if wanted is None else wanted:

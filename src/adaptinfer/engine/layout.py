@@ -18,7 +18,7 @@ class PromptLayout:
     """The new tokens of one forward call, [B, N]; counts are known on the host, so that all shapes are.
 
     Attributes:
-        vision: bool [B, N], the vision tokens.
+        vision: bool [B, N], the vision tokens that are not masked.
         text: bool [B, N], the tokens after the last vision token of each row (they guide); never padding, and none in
             a row without vision tokens.
         real: bool [B, N] or None; False is padding, None means that there is none.
@@ -59,16 +59,15 @@ def read_layout(input_ids: Tensor, attention_mask: Tensor | None, placeholders: 
         vision = vision | (input_ids == token)
     length = input_ids.shape[1]
     positions = torch.arange(length, device=input_ids.device)
-    last = torch.where(vision, positions, -1).amax(dim=1, keepdim=True)
     real = None
     if attention_mask is not None:
         real = attention_mask[:, -length:].to(device=input_ids.device, dtype=torch.bool)
+        vision = vision & real  # a masked image is padding: nothing attends to it
+    last = torch.where(vision, positions, -1).amax(dim=1, keepdim=True)
     text = (positions > last) & (last >= 0)
     if real is not None:
         text = text & real
-        real_count = real.sum(dim=1)
-    else:
-        real_count = torch.full_like(last[:, 0], length)
+    real_count = torch.full_like(last[:, 0], length) if real is None else real.sum(dim=1)
     counts = torch.stack([vision.sum(dim=1), text.sum(dim=1), real_count]).tolist()
     vision_counts, text_counts, real_counts = (tuple(row) for row in counts)
     for row, (count, guides) in enumerate(zip(vision_counts, text_counts, strict=True)):

@@ -51,7 +51,8 @@ class Report:
         text_tokens: its other tokens, padding excluded.
         cached_tokens: tokens that the cache held before this prefill.
         early_drop: whether pruning layers skipped the outputs of tokens they dropped.
-        kv_bytes: bytes of keys and values in the cache after the prefill; 0 without a cache.
+        kv_bytes: bytes of keys and values that the cache really holds after the prefill, with the padding and the
+            fillers of a batch; 0 without a cache.
         vanilla_kv_bytes: the same had nothing been pruned.
         stages: one record per stage that dropped something.
     """
@@ -97,7 +98,8 @@ class Report:
     def flops(self) -> float:
         """FLOPs of the decoder layers in this prefill (2 x multiply-adds), all samples, computed from the counts.
 
-        Attention to tokens cached before this prefill is left out.
+        Counted are the samples' own tokens: the padding of a batch, the fillers that make uneven samples a rectangle,
+        and attention to tokens cached before this prefill come on top.
         """
         return sum(
             schedule.prefill_flops(self.shape, text, vision, early_drop=self.early_drop)

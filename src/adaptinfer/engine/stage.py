@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +13,8 @@ from adaptinfer.functional import attention_rows, gather_tokens
 
 __all__ = ["StageView", "rows_of_mask"]
 
+_LARGEST = 2**24  # float32 entries of the attention that is held at once, 64 MiB; always at least one key/value head's
+
 
 @dataclass(frozen=True)
 class StageView:
@@ -19,7 +22,6 @@ class StageView:
 
     Attributes:
         layer: the decoder layer, from 0.
-        stage: the stage's number in the schedule, from 0.
         query: [B, H, N, D] after rotary embedding; N tokens entered the layer.
         key: [B, K, P + N, D] after rotary embedding; P entries were in the layer's cache before.
         mask: the layer's own mask for these queries, [B, 1, N, P + N] (bool or additive), None if plainly causal.
@@ -31,7 +33,6 @@ class StageView:
     """
 
     layer: int
-    stage: int
     query: Tensor
     key: Tensor
     mask: Tensor | None
@@ -45,6 +46,24 @@ class StageView:
     def past(self) -> int:
         """P, cached entries before the layer's new tokens."""
         return self.key.shape[2] - self.query.shape[2]
+
+    def by_heads(self) -> list[StageView]:
+        """Views of a few heads each, whose text attention stays small even if the question is a long document."""
+        batch, heads, _, _ = self.query.shape
+        kv_heads, columns = self.key.shape[1], self.key.shape[2]
+        groups = heads // kv_heads
+        row_cost = batch * groups * self.text_index.shape[1] * columns
+        step = max(1, min(kv_heads, _LARGEST // max(1, row_cost)))
+        if step == kv_heads:
+            return [self]
+        return [
+            dataclasses.replace(
+                self,
+                query=self.query[:, start * groups : (start + step) * groups],
+                key=self.key[:, start : start + step],
+            )
+            for start in range(0, kv_heads, step)
+        ]
 
     @cached_property
     def text_attention(self) -> Tensor:

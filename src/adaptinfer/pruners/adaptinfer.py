@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
-from adaptinfer.functional import text_guided_score
+from adaptinfer.functional import combine_sums, text_guided_sums
 from adaptinfer.pruners.base import Pruner, PrunerError
 from adaptinfer.schedule import preset
 
@@ -50,4 +50,6 @@ class AdaptInfer(Pruner):
         return cls(schedule=preset(f"{model}/{nominal}"), positions=positions)
 
     def score(self, view: StageView) -> Tensor:
-        return text_guided_score(view.text_to_text, view.text_to_vision, self.prior_weight, view.text_mask)
+        parts = [text_guided_sums(part.text_to_text, part.text_to_vision, view.text_mask) for part in view.by_heads()]
+        rows = view.text_index.shape[1] if view.text_mask is None else view.text_mask.sum(dim=1)
+        return combine_sums(parts, view.query.shape[1], rows, self.prior_weight)

@@ -36,4 +36,4 @@ class Random(Pruner):
 
     def score(self, view: StageView) -> Tensor:
         batch, count = view.vision_index.shape
-        return counter_uniform(count, self.seed, view.stage, view.vision_index.device).expand(batch, count)
+        return counter_uniform(count, self.seed, view.layer, view.vision_index.device).expand(batch, count)
