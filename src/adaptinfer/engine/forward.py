@@ -1,7 +1,7 @@
 """One forward call of an attached model: its stages, the segments of tokens between them, and the layer inputs.
 
-A `Forward` lives from the pre-hook of the multimodal model to its post-hook, in a context variable: two threads on one
-model, or two models in one thread, never see each other's.
+A `Forward` lives in a context variable for the length of one call of the multimodal model: two threads on one model, or
+two models in one thread, never see each other's.
 """
 
 from __future__ import annotations
