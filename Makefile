@@ -22,11 +22,11 @@ lint: $(READY)
 	$(BIN)/pyright --warnings
 
 bench: $(READY)
-	$(BIN)/python benchmarks/prefill.py
+	$(BIN)/python benchmarks/prefill.py --shape llava-1b
 	$(BIN)/python benchmarks/embedded_accuracy.py
 
 $(READY): requirements.lock pyproject.toml
-	@echo "Setting up $(VENV) (once; about 1.5 GB, some minutes)"
+	@echo "Setting up $(VENV) (once, some minutes; 1.5 GB with a CPU build of torch, more with CUDA)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .

@@ -10,7 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path("build/results")
+"""Where results go unless told otherwise; ``--json benchmarks/results/NAME.json`` is for runs that are committed."""
 
 
 def environment() -> dict[str, Any]:
@@ -28,7 +29,7 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--", "src", "benchmarks")),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--", "src", "benchmarks/*.py")),
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
@@ -41,7 +42,7 @@ def environment() -> dict[str, Any]:
 
 
 def write(name: str, content: dict[str, Any], path: Path | None = None) -> Path:
-    """Write results with their environment to ``benchmarks/results/NAME.json`` (or ``path``)."""
+    """Write results with their environment to ``build/results/NAME.json`` (or ``path``)."""
     target = path or RESULTS / f"{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps({"environment": environment(), **content}, indent=2) + "\n", encoding="utf-8")

@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of a method with randomness in it")
     parser.add_argument("--checkpoint", type=Path, default=None, help="default: the embedded one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--json", type=Path, help="where to write all numbers; default: benchmarks/results/")
+    parser.add_argument("--json", type=Path, help="where to write all numbers; default: build/results/")
     options = parser.parse_args()
 
     folder = options.checkpoint or embedded_path()

@@ -1,4 +1,7 @@
-"""Break the code on purpose, one line at a time, and see the tests go red: ``python tests/mutants.py``.
+"""Break the code on purpose, one line at a time, and see the tests go red.
+
+    .venv/bin/python tests/mutants.py [WORDS OF A BUG ...]
+
 
 Each mutant is a bug that published pruning code has had, or one that an optimisation here invites. It is applied to a
 copy of ``src``, the named tests run against the copy, and a mutant that survives is reported and makes the exit code 1.
@@ -182,6 +185,13 @@ MUTANTS = [
         "tests/test_engine_exact.py::test_detached_is_never_attached",
     ),
     Mutant(
+        "keeping all goes through the pruning path",
+        "engine/attach.py",
+        "            if keeps != left:",
+        "            if True:",
+        "tests/test_engine_exact.py::test_keeping_all_is_vanilla_bit_for_bit",
+    ),
+    Mutant(
         "a failed call leaves its state behind",
         "engine/attach.py",
         "            finally:\n                ACTIVE.reset(token)",
@@ -276,35 +286,44 @@ MUTANTS = [
 ]
 
 
-def survives(mutant: Mutant) -> bool:
-    """Whether the tests stay green on the broken copy."""
+def outcome(source: Path, tests: str) -> str:
+    """``green``, ``red``, or why pytest judged nothing: a test that does not exist must not count as red."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-W", "ignore", "-p", "no:cacheprovider", tests]
+    path = os.pathsep.join([str(source), str(ROOT / "tests")])
+    run = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    if run.returncode == 0:
+        return "green"
+    failed = run.returncode == 1 and "FAILED tests/" in run.stdout
+    return "red" if failed else f"no verdict (pytest ended with {run.returncode}): {(run.stdout + run.stderr)[-300:]}"
+
+
+def broken(mutant: Mutant) -> str:
+    """What the tests say of a copy with the mutant in it."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "src"
         shutil.copytree(ROOT / "src", copy, ignore=shutil.ignore_patterns("__pycache__", "checkpoint"))
         file = copy / "adaptinfer" / mutant.file
         text = file.read_text(encoding="utf-8")
         if text.count(mutant.line) != 1:
-            raise SystemExit(f"{mutant.bug}: the line to break is not in {mutant.file} exactly once")
+            return f"no verdict: the line to break is not in {mutant.file} exactly once"
         file.write_text(text.replace(mutant.line, mutant.broken), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-W", "ignore", "-p", "no:cacheprovider", mutant.tests]
-        path = os.pathsep.join([str(copy), str(ROOT / "tests")])
-        run = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
-        )
-        return run.returncode == 0
+        return outcome(copy, mutant.tests)
 
 
 def main() -> int:
     wanted = sys.argv[1:]
-    survivors = []
-    for mutant in MUTANTS:
-        if wanted and not any(word in mutant.bug for word in wanted):
-            continue
-        alive = survives(mutant)
-        print(f"{'SURVIVED' if alive else 'red     '}  {mutant.bug}", flush=True)
-        if alive:
-            survivors.append(mutant)
-    return 1 if survivors else 0
+    chosen = [mutant for mutant in MUTANTS if not wanted or any(word in mutant.bug for word in wanted)]
+    sound = {tests: outcome(ROOT / "src", tests) for tests in dict.fromkeys(mutant.tests for mutant in chosen)}
+    bad = [f"{verdict}  {tests}, with nothing broken" for tests, verdict in sound.items() if verdict != "green"]
+    for mutant in chosen:
+        verdict = broken(mutant)
+        print(f"{'SURVIVED' if verdict == 'green' else verdict:9} {mutant.bug}", flush=True)
+        if verdict != "red":
+            bad.append(mutant.bug)
+    print(f"{len(chosen)} ways to break the code, {len(bad)} not noticed" + "".join(f"\n  {line}" for line in bad))
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def vanilla_answer(checkpoint: str, photo: str) -> str:
 def test_answer_and_one_line(ask):
     answer, summary = ask().stdout.splitlines()
     assert answer.startswith("word")
-    assert summary.startswith("49 vision tokens -> ") and "budget 0.22 (default)" in summary
+    assert summary.startswith("49 vision tokens -> ") and "budget 0.33 (default)" in summary
     assert "FLOPs" in summary and "KV cache" in summary and "after layer 0" in summary
 
 
@@ -575,3 +575,22 @@ def test_the_command_line_alone_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_standard_output():
+    command = [sys.executable, "-m", "adaptinfer", "presets"]
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr == "error: standard output cannot be written (No space left on device)\n"
+
+
+def test_without_arguments_there_is_help_and_no_empty_error():
+    run = subprocess.run([sys.executable, "-m", "adaptinfer"], capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and "ask" in run.stdout + run.stderr and "error:" not in run.stderr
+
+
+def test_devices_that_run_nothing(photo, checkpoint):
+    with pytest.raises(InputError, match="device 'meta'"):
+        asking.Checkpoint(str(checkpoint), device="meta")

@@ -214,7 +214,10 @@ def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=torch.device(name))
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps", "xpu"):
+            raise InputError(f"device {name!r}: is none to run a model on; cpu, cuda, cuda:1, mps and xpu are")
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch without CUDA
         raise InputError(f"device {name!r}: cannot be used here ({_first_line(error)})") from None
     return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -21,7 +22,7 @@ from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from adaptinfer.errors import AdaptInferError, InputError
-from adaptinfer.schedule import PRESETS, Schedule, ScheduleError, preset
+from adaptinfer.schedule import PRESETS, ModelShape, Schedule, ScheduleError, preset
 
 if TYPE_CHECKING:
     from adaptinfer.ask import Answer, Checkpoint, Prompt
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
-DEFAULT_BUDGET = 0.22
-"""Share of the vision tokens that a decoder layer gets on average when nothing is said: about 128 of 576."""
+DEFAULT_BUDGET = 0.33
+"""Share of the vision tokens that a decoder layer gets on average when nothing is said: about 192 of 576."""
 
 _NO_SPEED_UP = 0.95  # ratios above this are called none
 _USER_ERROR = 2
@@ -51,6 +52,8 @@ class _Commands(TyperGroup):
             if usage is None:
                 raise
             message = usage()
+            if not message:  # called without arguments, and the help was printed
+                sys.exit(_USER_ERROR)
         else:
             sys.exit(code if isinstance(code, int) else 0)
         _say("error:", message, "red")
@@ -86,7 +89,15 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # an answer may hold letters that the terminal's encoding lacks
             stream.reconfigure(errors="replace")  # pyright: ignore
-    app()
+    try:
+        app()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EPIPE):
+            raise
+        if error.errno == errno.ENOSPC:
+            _say("error:", f"standard output cannot be written ({error.strerror})", "red")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be flushed at exit
+        sys.exit(1)
 
 
 def _print_version(wanted: bool) -> None:
@@ -408,7 +419,7 @@ def _spread(values: tuple[float, ...]) -> str:
 
 
 def _change(now: float, before: float) -> str:
-    return f"{100 * (now / before - 1):+.0f} %"
+    return f"{100 * (now / before - 1):+.0f} %" if now != before else "unchanged"
 
 
 def _bytes(count: float) -> str:
@@ -513,11 +524,28 @@ def _models() -> None:
     console.print(table)
 
 
+_SHAPES = {
+    "llava-1.5-7b": ModelShape(32, 4096, 32, 32, 128, 11008),
+    "llava-1.5-13b": ModelShape(40, 5120, 40, 40, 128, 13824),
+}
+_TEXT_TOKENS = 92  # 35 before the image and 57 after it
+
+
 @app.command("presets")
 def _presets() -> None:
-    """List the published schedules."""
+    """List the published schedules, with what they save of LLaVA's prefill FLOPs at 92 text tokens."""
     console = _console()
-    table = _table(console, "preset", "layers", "after layer", "keep", "nominal", "true average")
+    table = _table(
+        console,
+        "preset",
+        "layers",
+        "after layer",
+        "keep",
+        "nominal",
+        "true average",
+        "FLOPs saved",
+        "without early drop",
+    )
     for name, schedule in PRESETS.items():
         if schedule.vision_tokens is None:
             many = 1_000_000  # a share has no count of its own
@@ -526,7 +554,15 @@ def _presets() -> None:
             nominal, true = f"{schedule.nominal:g}", f"{schedule.true_average():.1f} of {schedule.vision_tokens}"
         keeps = [f"{stage.keep:.0%}" if isinstance(stage.keep, float) else str(stage.keep) for stage in schedule.stages]
         layers = [str(stage.layer) for stage in schedule.stages]
-        table.add_row(name, str(schedule.num_layers), "/".join(layers), "/".join(keeps), nominal, true)
+        saved = ["", ""]
+        shape = _SHAPES.get(name.partition("/")[0])
+        if shape is not None:
+            vanilla = Schedule((), shape.num_layers, schedule.vision_tokens).prefill_flops(shape, _TEXT_TOKENS)
+            saved = [
+                f"{1 - schedule.prefill_flops(shape, _TEXT_TOKENS, early_drop=early) / vanilla:.1%}"
+                for early in (True, False)
+            ]
+        table.add_row(name, str(schedule.num_layers), "/".join(layers), "/".join(keeps), nominal, true, *saved)
     console.print(table)
 
 
@@ -551,6 +587,11 @@ def _quieten() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    from logging import CRITICAL
+
+    from huggingface_hub.utils import logging as hub_logging
+
+    hub_logging.set_verbosity(CRITICAL)  # its retries would stand before our one line
 
 
 if __name__ == "__main__":

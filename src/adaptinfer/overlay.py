@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptinfer.errors import AdaptInferError
+from adaptinfer.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -245,7 +246,7 @@ def draw_overlay(
         warnings.filterwarnings("ignore", message="Glyph")  # a sign that the font lacks is drawn as a box
         figure.savefig(target, format=path.suffix[1:].lower(), facecolor=_PAPER)
     try:
-        path.write_bytes(target.getvalue())
+        write_whole(path, target.getvalue())
     except OSError as error:
         raise OverlayError(f"overlay {str(path)!r}: cannot be written ({error.strerror})") from None
 
@@ -405,7 +406,7 @@ def _draw_picture(
             boxes.append(Rectangle((x0 + inset, y0 + inset), x1 - x0 - 2 * inset, y1 - y0 - 2 * inset))
         colours = _heat_map()(np.array(list(survivors.values())))
         tint = colours.copy()
-        tint[:, 3] = 0.22
+        tint[:, 3] = 0.1  # more would change the colours that a question may be about
         axes.add_collection(PatchCollection(boxes, facecolors=tint, edgecolors=colours, linewidths=thick))
     axes.set(xlim=(frame[0], frame[2]), ylim=(frame[3], frame[1]), xticks=[], yticks=[])
     for spine in axes.spines.values():

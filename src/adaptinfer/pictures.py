@@ -46,8 +46,8 @@ def read_pictures(sources: Sequence[str | Path], stdin: BinaryIO | None = None) 
 
 
 def _read_stdin(stdin: BinaryIO | None) -> bytes:
-    stream: BinaryIO = sys.stdin.buffer if stdin is None else stdin
-    if stream.isatty():
+    stream: BinaryIO | None = getattr(sys.stdin, "buffer", None) if stdin is None else stdin  # None: it was closed
+    if stream is None or stream.isatty():
         raise InputError("image '-': nothing is piped into standard input")
     return _read_limited("-", stream)
 

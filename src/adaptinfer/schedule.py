@@ -24,6 +24,7 @@ from types import MappingProxyType
 from typing import Any
 
 from adaptinfer.errors import AdaptInferError
+from adaptinfer.files import write_whole
 
 FORMAT = "adaptinfer.schedule"
 VERSION = 1
@@ -217,7 +218,7 @@ class Schedule:
         if num_layers != self.num_layers:
             raise ScheduleError(
                 f"num_layers: the schedule is for {self.num_layers} layers, the model has {num_layers}; "
-                "solve() makes a schedule for a model's own depth"
+                "ask for a budget instead, which is solved for a model's own depth"
             )
 
     def to_json(self) -> str:
@@ -237,7 +238,7 @@ class Schedule:
     def save(self, path: str | Path) -> None:
         """Write `to_json` to a file. Raises ScheduleError if it cannot be written."""
         try:
-            Path(path).write_text(self.to_json(), encoding="utf-8")
+            write_whole(path, self.to_json().encode())
         except OSError as error:
             raise ScheduleError(f"path: cannot write {str(path)!r}: {error.strerror or error}") from error
 
@@ -417,6 +418,8 @@ def _check_keys(prefix: str, data: dict[str, Any], required: tuple[str, ...], op
 
 def _solver_layers(layers: Sequence[int] | None, num_layers: int, vision_tokens: int, total: Fraction) -> list[int]:
     if layers is not None:
+        if not isinstance(layers, Sequence) or isinstance(layers, str):
+            raise ScheduleError(f"layers: must be a sequence of layer numbers, not {layers!r}")
         return _checked_layers("layers[{}]", list(layers), num_layers)
     scaled = (_round_half_up(Fraction(depth * num_layers, 32)) for depth in _PUBLISHED_LAYERS)
     depths = sorted({min(depth, num_layers - 2) for depth in scaled} - {-1})

@@ -26,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--seed must be 0 to {len(SPLITS['test']) - 1}, got {options.seed}")
     if not GRID <= options.size <= _LARGEST:
         parser.error(f"--size must be {GRID} to {_LARGEST} pixels, got {options.size}")
+    if options.file.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        parser.error(f"{options.file}: must end in .png, .jpg or .webp")
     if options.questions < 0:
         parser.error(f"--questions must be 0 or more, got {options.questions}")
 

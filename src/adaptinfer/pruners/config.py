@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from adaptinfer.files import write_whole
 from adaptinfer.pruners.base import Pruner, PrunerError
 from adaptinfer.schedule import Schedule
 
@@ -24,7 +25,7 @@ def save(pruner: Pruner, path: str | Path) -> None:
     if pruner.schedule is not None:
         settings["schedule"] = json.loads(pruner.schedule.to_json())
     content = {"format": _FORMAT, "version": _VERSION, "method": pruner.name, **settings}
-    (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / CONFIG_NAME, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def from_pretrained(path: str | Path) -> Pruner:
