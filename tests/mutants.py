@@ -112,8 +112,8 @@ MUTANTS = [
     Mutant(
         "11: the score is a plain mean over text rows",
         "functional.py",
-        '    return torch.einsum("bht,bhtv->bv", prior, to_vision), to_vision.sum',
-        "    return to_vision.mean(dim=(1, 2)), to_vision.sum",
+        "    weighted = (prior[..., None] * to_vision).sum(dim=(1, 2))",
+        "    weighted = to_vision.mean(dim=(1, 2))",
         "tests/test_functional.py",
     ),
     Mutant(
@@ -194,8 +194,8 @@ MUTANTS = [
     Mutant(
         "a failed call leaves its state behind",
         "engine/attach.py",
-        "            finally:\n                ACTIVE.reset(token)",
-        "            except Exception:\n                ACTIVE.reset(token)\n                raise",
+        "                finally:\n                    ACTIVE.reset(token)",
+        "                except Exception:\n                    ACTIVE.reset(token)\n                    raise",
         "tests/test_engine_exact.py::test_a_failed_call_leaves_nothing_behind",
     ),
     Mutant(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 
 import pytest
@@ -455,10 +456,15 @@ def test_two_threads_on_one_model(models):
                         failures.append(("report", i))
 
         threads = [threading.Thread(target=work, args=(numbers,)) for numbers in ((0, 2, 4), (1, 3, 5))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)  # change threads inside forwards, not only between them
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval)
     assert not failures
 
 

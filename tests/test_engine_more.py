@@ -313,3 +313,50 @@ def test_a_detached_handle_lets_go_of_the_model():
     gc.collect()
     assert gone() is None
     assert handle.report.vision_tokens == (tiny.LLAVA_TOKENS,), "the report stays readable"
+
+
+def test_detaching_waits_for_running_calls():
+    """Behind a stage the layers need the pruner to the end, in whichever thread the call runs."""
+    model, inputs = tiny.llava(), tiny.batch("llava", [tiny.simple("llava")])
+    with attach(model, AdaptInfer(schedule=TWO_STAGES)) as handle:
+        expected = logits(model, inputs)
+        hook = model.get_decoder().layers[2].register_forward_hook(lambda *_: handle.detach())
+        with pytest.raises(AdaptInferError, match="let its calls end before you detach"):
+            logits(model, inputs)
+        hook.remove()
+        assert torch.equal(logits(model, inputs), expected)
+
+
+def test_wrappers_that_outlive_the_pruner():
+    """Somebody wraps forward and generate after attaching and keeps them: they go on as vanilla."""
+    model, inputs = tiny.llava(), tiny.batch("llava", [tiny.simple("llava")])
+    vanilla = logits(model, inputs)
+    handle = attach(model, AdaptInfer(schedule=TWO_STAGES))
+    inner, generate = model.base_model.forward, model.generate
+    model.base_model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    assert not torch.equal(logits(model, inputs), vanilla)
+    handle.detach()
+    assert torch.equal(logits(model, inputs), vanilla)
+    assert generate(**inputs, max_new_tokens=2, use_cache=False).shape[0] == 1
+
+
+def test_a_forward_replaced_while_attached():
+    """Without our forward nothing would be pruned, and nobody would notice."""
+    model, inputs = tiny.llava(), tiny.batch("llava", [tiny.simple("llava")])
+    before = model.base_model.forward
+    with attach(model, AdaptInfer(schedule=TWO_STAGES)):
+        model.base_model.forward = before
+        with pytest.raises(AdaptInferError, match="was replaced while a pruner is attached"):
+            logits(model, inputs)
+        embeddings = model.get_input_embeddings()(inputs["input_ids"])
+        assert model.get_decoder()(inputs_embeds=embeddings).last_hidden_state is not None, "the bare decoder is free"
+
+
+def test_scores_stay_float32_under_autocast(models):
+    inputs = tiny.batch("llava", [tiny.simple("llava")])
+    with attach(models("llava"), AdaptInfer(schedule=TWO_STAGES)) as handle:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits(models("llava"), inputs)
+        assert all(stage.scores.dtype == torch.float32 for stage in handle.report.stages)
+        scores = handle.report.scores[0][0]
+        assert len(scores.unique()) == len(scores)

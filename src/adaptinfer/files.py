@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import uuid
 from pathlib import Path
 
 __all__ = ["write_whole"]
@@ -20,7 +20,7 @@ def write_whole(path: str | Path, data: bytes) -> None:
         target.write_bytes(data)
         return
     target = target.resolve()  # a link stays one
-    part = target.with_name(f".{target.name[:100]}.{os.getpid()}.part")
+    part = target.with_name(f".{uuid.uuid4().hex}.part")
     try:
         part.write_bytes(data)
         if target.exists():

@@ -81,7 +81,9 @@ def text_guided_sums(
         to_vision = to_vision * text_mask[:, None, :, None]
     # Σ_i S_ij, without making S: column sum and row sum of A, less the diagonal, which stands in both.
     prior = attention.sum(dim=2) + attention.sum(dim=3) - attention.diagonal(dim1=2, dim2=3)
-    return torch.einsum("bht,bhtv->bv", prior, to_vision), to_vision.sum(dim=(1, 2)), prior.sum(dim=(1, 2))
+    # Products and sums, not a matrix product: autocast would take that in half precision.
+    weighted = (prior[..., None] * to_vision).sum(dim=(1, 2))
+    return weighted, to_vision.sum(dim=(1, 2)), prior.sum(dim=(1, 2))
 
 
 def combine_sums(

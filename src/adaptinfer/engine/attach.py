@@ -108,10 +108,11 @@ class Handle:
         self._plans: dict[int, Schedule] = {}
         self._hooks: list[RemovableHandle] = []
         self._hooked_stages: set[int] = set()
-        self._hooking = threading.Lock()
+        self._lock = threading.Lock()
+        self._running = 0
+        self._thread = threading.local()
         self._overrides: list[tuple[Any, str, Any, Any]] = []
         self._attention_configs: list[tuple[Any, Any]] = []
-        self._reports = threading.local()
         self._latest: Report | None = None
         if pruner.schedule is not None:
             pruner.schedule.check(self._shape.num_layers)
@@ -126,7 +127,7 @@ class Handle:
 
         Read it in the thread that generates.
         """
-        return getattr(self._reports, "last", self._latest)
+        return getattr(self._thread, "report", self._latest)
 
     def plan(self, vision_tokens: int) -> Schedule:
         """The schedule for a prompt with that many vision tokens.
@@ -139,8 +140,15 @@ class Handle:
         return self._plans[vision_tokens]
 
     def detach(self) -> None:
-        """Leave the model exactly as it was before `attach`, and let go of it. Doing it twice is harmless."""
-        model, self._model = self._model, None
+        """Leave the model exactly as it was before `attach`, and let go of it. Doing it twice is harmless.
+
+        Raises:
+            AdaptInferError: a call of the model is running, here or in another thread; its later layers would be wrong.
+        """
+        with self._lock:
+            if self._running:
+                raise AdaptInferError("the model is running; let its calls end before you detach")
+            model, self._model = self._model, None
         if model is None:
             return
         for hook in self._hooks:
@@ -181,6 +189,7 @@ class Handle:
             layer.self_attn.config = tapped
             self._attention_configs.append((layer.self_attn, original))
         # Not a pair of hooks: those are skipped when a user interrupts the call.
+        self._before(self._base, self._expect_forward)
         self._override(self._base, "forward", self._within_forward(self._base.forward))
         if hasattr(self._model, "generate"):
             self._override(self._model, "generate", self._guarded(self._model.generate))
@@ -197,7 +206,7 @@ class Handle:
 
     def _hook_stages(self, layers: Iterable[int]) -> None:
         """Early drop in the projection and MLP of pruning layers; other layers are spared the hooks."""
-        with self._hooking:
+        with self._lock:
             for number in set(layers) - self._hooked_stages:
                 layer = self._decoder.layers[number]
                 for module in (layer.self_attn.o_proj, layer.mlp):
@@ -208,26 +217,46 @@ class Handle:
     def _within_forward(self, run: Any) -> Any:
         @functools.wraps(run)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            state = self._begin(arguments_of(run, args, kwargs))
-            token = ACTIVE.set(state)
-            try:
-                output = run(*args, **kwargs)
-            finally:
-                ACTIVE.reset(token)
-            if state is not None:
-                self._finish(state)
-            return output
+            with self._call() as attached:
+                if not attached:  # somebody kept this function beyond detach
+                    return run(*args, **kwargs)
+                self._thread.expected = False
+                state = self._begin(arguments_of(run, args, kwargs))
+                token = ACTIVE.set(state)
+                try:
+                    output = run(*args, **kwargs)
+                finally:
+                    ACTIVE.reset(token)
+                if state is not None:
+                    self._finish(state)
+                return output
 
         return forward
 
     def _guarded(self, generate: Any) -> Any:
         @functools.wraps(generate)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            if not self._is_disabled():
-                check_generate(self._model, arguments_of(generate, args, kwargs))
-            return generate(*args, **kwargs)
+            with self._call() as attached:
+                if attached and not self._is_disabled():
+                    check_generate(self._model, arguments_of(generate, args, kwargs))
+                return generate(*args, **kwargs)
 
         return checked
+
+    @contextmanager
+    def _call(self) -> Iterator[bool]:
+        """Hold off `detach` while a call runs; tells whether the pruner is attached still."""
+        with self._lock:
+            attached = self._model is not None
+            self._running += attached
+        try:
+            yield attached
+        finally:
+            with self._lock:
+                self._running -= attached
+
+    def _expect_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._thread.expected = True
 
     def _is_disabled(self) -> bool:
         return id(self) in _DISABLED.get()
@@ -293,6 +322,12 @@ class Handle:
     def _enter_layer(self, layer: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         forward = self._active()
         if forward is None:
+            if getattr(self._thread, "expected", False):
+                self._thread.expected = False
+                raise AdaptInferError(
+                    f"{type(self._base).__name__}.forward was replaced while a pruner is attached, so nothing would be "
+                    "pruned; detach before you change it, and attach again"
+                )
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         hidden = forward.advance(layer, hidden)
@@ -332,7 +367,7 @@ class Handle:
         if layout is None or (forward.past and not any(layout.vision_counts)):
             return  # it was no prefill
         report = self._make_report(forward, layout)
-        self._reports.last = self._latest = report
+        self._thread.report = self._latest = report
 
     def _make_report(self, forward: Forward, layout: PromptLayout) -> Report:
         held = [layer.keys for layer in getattr(forward.cache, "layers", ()) if layer.is_initialized]

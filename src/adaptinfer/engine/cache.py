@@ -37,7 +37,7 @@ class History:
 
     def rows(self, indices: Tensor) -> History:
         """The history of a re-ordered, repeated or cut batch; one object for all layers that share this one."""
-        if self._moved.get("indices") is not indices:
+        if self._moved.get("indices") is not indices or self._moved["version"] != indices._version:
             at = indices.to(self.columns.device)
             moved = replace(
                 self,
@@ -46,7 +46,7 @@ class History:
                 shift=None if self.shift is None else self.shift[at],
                 _moved={},
             )
-            self._moved.update(indices=indices, history=moved)
+            self._moved.update(indices=indices, version=indices._version, history=moved)
         return self._moved["history"]
 
 
