@@ -99,8 +99,8 @@ def _what_is(data: bytes) -> str:
     try:
         with Image.open(io.BytesIO(data)) as image:  # reads a header, decodes nothing
             return f"is a {image.format} picture"
-    except Exception:
-        return "is not a picture"
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return "is not a picture"  # Pillow's parsers raise SyntaxError for a header that is none
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
