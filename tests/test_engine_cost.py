@@ -21,7 +21,11 @@ def layout_of(prompts, side, device):
     real = inputs["attention_mask"].bool()
     text = real & (torch.arange(vision.shape[1]) > torch.where(vision, torch.arange(vision.shape[1]), -1).amax(1, True))
     counts = [tuple(mask.sum(1).tolist()) for mask in (vision, text, real)]
-    return PromptLayout(vision.to(device), text.to(device), real.to(device), *counts)
+    vision_counts, text_counts, real_counts = counts
+    unguided = (0,) * len(prompts)
+    return PromptLayout(
+        vision.to(device), text.to(device), real.to(device), vision_counts, unguided, text_counts, real_counts
+    )
 
 
 @pytest.mark.parametrize(

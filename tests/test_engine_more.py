@@ -244,11 +244,11 @@ def test_the_models_own_generation_config_counts(models):
     model, inputs = models("llava"), tiny.batch("llava", [tiny.simple("llava")])
     before = model.generation_config
     try:
-        model.generation_config = GenerationConfig(use_cache=False, pad_token_id=0)
+        model.generation_config = GenerationConfig(cache_implementation="paged", pad_token_id=0)
         with attach(model, AdaptInfer(schedule=TWO_STAGES)):
-            with pytest.raises(UnsupportedError, match="use_cache=False in generate"):
+            with pytest.raises(UnsupportedError, match="cache_implementation='paged'"):
                 model.generate(**inputs, generation_config=GenerationConfig(max_new_tokens=3))
-            assert model.generate(**inputs, max_new_tokens=2, use_cache=True).shape[0] == 1
+            assert model.generate(**inputs, max_new_tokens=2, cache_implementation="dynamic").shape[0] == 1
     finally:
         model.generation_config = before
 
@@ -274,9 +274,11 @@ def test_a_backend_chosen_after_attaching(models):
         model.set_attn_implementation("eager")
         logits(model, inputs)
         assert kept_of(handle.report) == kept
-        model.set_attn_implementation("flex_attention")
-        with pytest.raises(UnsupportedError, match="'flex_attention' is not supported yet"):
+        text = model.config.get_text_config()
+        text._attn_implementation_internal = "paged|sdpa"
+        with pytest.raises(UnsupportedError, match=r"'paged\|sdpa' is not supported"):
             logits(model, inputs)
+        text._attn_implementation_internal = "eager"
 
 
 @pytest.mark.parametrize("pruner", [64, AdaptInfer, TWO_STAGES, None])

@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from adaptinfer.errors import InputError
@@ -102,7 +101,7 @@ class Checkpoint:
     ) -> None:
         from transformers import AutoConfig
 
-        from adaptinfer.engine.families import family_of
+        from adaptinfer.engine.families import placeholders_of
 
         self.name = name
         self.device = _device(device)
@@ -110,16 +109,30 @@ class Checkpoint:
         self._trust = trust_remote_code
         self._source = _source(name)
         with _reading(name, "configuration"):
-            self.config: Any = AutoConfig.from_pretrained(
-                self._source, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
-            )
-        unloaded: Any = SimpleNamespace(config=self.config)  # all of a model that deciding on its family takes
-        self.family: Family = family_of(unloaded)
+            self.config: Any = AutoConfig.from_pretrained(self._source, trust_remote_code=trust_remote_code)
+        self._placeholders = placeholders_of(self.config)
 
     @property
     def num_layers(self) -> int:
         """Decoder layers of the language model."""
         return self.config.get_text_config().num_hidden_layers
+
+    @cached_property
+    def family(self) -> Family:
+        """What the engine found in the model, looked at without its weights.
+
+        Raises:
+            InputError: transformers has no class for it.
+            UnsupportedError: pruning does not fit it.
+        """
+        import torch
+        from transformers import AutoModelForImageTextToText
+
+        from adaptinfer.engine.families import family_of
+
+        with _reading(self.name, "model class"), torch.device("meta"):
+            unloaded = AutoModelForImageTextToText.from_config(self.config, trust_remote_code=self._trust)
+        return family_of(unloaded)
 
     @cached_property
     def processor(self) -> Any:
@@ -154,7 +167,7 @@ class Checkpoint:
                 f"model {self.name!r}: its processor refuses this prompt ({_first_line(error)})"
             ) from error
         ids = inputs["input_ids"]
-        vision_tokens = sum(int((ids == getattr(self.config, name)).sum()) for name in self.family.placeholders)
+        vision_tokens = sum(int((ids == token).sum()) for token in self._placeholders)
         if not vision_tokens:
             raise InputError(f"model {self.name!r}: its processor puts no vision tokens into the prompt")
         return Prompt(tuple(pictures), question, inputs, vision_tokens, _unknown_words(processor.tokenizer, question))
@@ -164,16 +177,16 @@ class Checkpoint:
 
         Raises:
             ScheduleError: a schedule for another depth, or a budget that cannot be met.
-            UnsupportedError: compact positions with rotary positions of several dimensions.
+            UnsupportedError: the model is of no kind that pruning fits, or positions are compact where they cannot be.
         """
         from adaptinfer.errors import UnsupportedError
 
-        if pruner.positions == "compact" and not self.family.compact:
-            raise UnsupportedError(f"positions: {self.family.model_type} supports 'keep' only, not 'compact'")
+        if pruner.positions == "compact" and self.family.rotary is None:
+            raise UnsupportedError(f"positions: {self.config.model_type} supports 'keep' only, not 'compact'")
         if pruner.schedule is not None:
             pruner.schedule.check(self.num_layers)
         if prompt is not None:
-            pruner.plan(self.num_layers, prompt.vision_tokens).keeps(prompt.vision_tokens)
+            pruner.plan(self.num_layers, prompt.vision_tokens, self.family.scoring).keeps(prompt.vision_tokens)
 
     def load(self) -> Any:
         """The model in evaluation mode on its device.
@@ -191,7 +204,6 @@ class Checkpoint:
                 dtype=self.dtype,
                 use_safetensors=True,
                 trust_remote_code=self._trust,
-                attn_implementation="sdpa",
                 output_loading_info=True,
             )
         model, found = loaded
@@ -279,9 +291,7 @@ def _why_unreadable(error: Exception, what: str) -> str:
     if "use_safetensors" in text:
         return "has no safetensors weights, and only safetensors are loaded"
     if "does not recognize this architecture" in text or "Unrecognized model" in text:
-        from adaptinfer.engine.families import FAMILIES
-
-        return f"is of no kind that transformers knows; AdaptInfer supports {', '.join(FAMILIES)}"
+        return "is of no kind that transformers knows; `adaptinfer models` lists those that AdaptInfer is tested with"
     if "GatedRepoError" in chain:
         return "needs a licence to be accepted on its hub page, and a login (hf auth login)"
     if "RepositoryNotFoundError" in chain:

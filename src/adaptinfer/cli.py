@@ -514,14 +514,15 @@ def _methods() -> None:
 
 @app.command("models")
 def _models() -> None:
-    """List the model families that are supported."""
-    from adaptinfer.engine.families import FAMILIES
+    """List the model families that are tested."""
+    from adaptinfer.engine.families import TESTED
 
     console = _console()
-    table = _table(console, "family (model_type)", "text models", "positions")
-    for family in FAMILIES.values():
-        table.add_row(family.model_type, ", ".join(family.text_types), "keep, compact" if family.compact else "keep")
+    table = _table(console, "model_type", "models")
+    for model_type, models in TESTED.items():
+        table.add_row(model_type, models)
     console.print(table)
+    console.print("Others are probed when a pruner is attached: they work, or are refused with the reason.")
 
 
 _SHAPES = {

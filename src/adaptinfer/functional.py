@@ -8,8 +8,13 @@ tokens still alive, N tokens of the layer's input, L key columns, D head dimensi
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = [
     "attention_rows",
@@ -59,7 +64,7 @@ def text_guided_score(
             f"got {tuple(text_to_text.shape)} and {tuple(text_to_vision.shape)}"
         )
     sums = text_guided_sums(text_to_text, text_to_vision, text_mask)
-    return combine_sums([sums], heads, rows if text_mask is None else text_mask.sum(dim=1), prior_weight)
+    return combine_sums(sums, heads, rows if text_mask is None else text_mask.sum(dim=1), prior_weight)
 
 
 def text_guided_sums(
@@ -86,21 +91,19 @@ def text_guided_sums(
     return weighted, to_vision.sum(dim=(1, 2)), prior.sum(dim=(1, 2))
 
 
-def combine_sums(
-    parts: list[tuple[Tensor, Tensor, Tensor]], heads: int, real_rows: int | Tensor, prior_weight: float
-) -> Tensor:
-    """The score from `text_guided_sums` of all heads.
+def combine_sums(sums: Sequence[Tensor], heads: int, real_rows: int | Tensor, prior_weight: float) -> Tensor:
+    """The score from `text_guided_sums` that were added up over all heads.
 
     Args:
-        parts: one entry per group of heads.
-        heads: H, over all groups.
+        sums: the three sums.
+        heads: H, over all groups of heads (and all ranks of tensor parallelism).
         real_rows: text rows that are no padding: one number, or [B].
         prior_weight: λ.
 
     Returns:
         float32 [B, V].
     """
-    weighted, plain, mass = (torch.stack(sums).sum(dim=0) for sums in zip(*parts, strict=True))
+    weighted, plain, mass = sums
     if prior_weight == 1.0:
         return weighted
     rows = real_rows.clamp(min=1) if isinstance(real_rows, Tensor) else real_rows
@@ -109,7 +112,9 @@ def combine_sums(
     return prior_weight * weighted + (1.0 - prior_weight) * uniform[:, None] * plain
 
 
-def attention_rows(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+def attention_rows(
+    query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
     """Post-softmax attention of a few query rows; grouped-query heads are handled without repeating the keys.
 
     Args:
@@ -117,6 +122,7 @@ def attention_rows(query: Tensor, key: Tensor, scaling: float, mask: Tensor | No
         key: all keys after rotary embedding, [B, K, L, D], H a multiple of K.
         scaling: factor on the dot products.
         mask: what each row may see, [B or 1, 1, T, L]: bool (True = attend) or additive float; None sees everything.
+        softcap: logits become softcap · tanh(logits / softcap), as in Gemma 2; None leaves them.
 
     Returns:
         float32 attention, [B, H, T, L]; the softmax is taken in float32 whatever the model's dtype.
@@ -125,6 +131,8 @@ def attention_rows(query: Tensor, key: Tensor, scaling: float, mask: Tensor | No
     kv_heads, columns = key.shape[1], key.shape[2]
     grouped = (query * scaling).reshape(batch, kv_heads, heads // kv_heads * rows, dim)
     logits = torch.matmul(grouped, key.transpose(2, 3)).float().view(batch, heads, rows, columns)
+    if softcap is not None:
+        logits = (logits / softcap).tanh() * softcap
     if mask is not None:
         if mask.dtype == torch.bool:
             # A finite floor: a row that may see nothing (padding) stays finite instead of becoming NaN.
@@ -165,16 +173,20 @@ def marked_first(mask: Tensor, count: int) -> Tensor:
 
 
 def positions_of(mask: Tensor, count: int) -> Tensor:
-    """The same positions as `marked_first`, each row in ascending order, fillers in between.
+    """Positions of the marked tokens in ascending order, at the end of each row; unmarked ones fill it from the left.
+
+    Fillers stand where padding usually does, so that whatever reads tokens in order (a recurrent layer, a convolution,
+    a window of the last entries) meets a row's own tokens side by side.
 
     Args:
         mask: bool [B, N] with at most ``count`` True per row.
-        count: columns of the result.
+        count: columns of the result, at most N.
 
     Returns:
-        int64 [B, count], each row ascending and without repeats.
+        int64 [B, count], without repeats.
     """
-    return marked_first(mask, count).sort(dim=1).values
+    order = mask.to(torch.uint8).sort(dim=1, stable=True).indices
+    return order[:, mask.shape[1] - count :]
 
 
 def select_top_k(score: Tensor, k: int) -> Tensor:

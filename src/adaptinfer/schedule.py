@@ -66,20 +66,28 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: Any) -> ModelShape:
-        """Read a transformers config, of a language model or of a VLM. Raises ScheduleError("config.<field>: ...")."""
+        """Read a transformers config, of a language model or of a VLM. Raises ScheduleError("config.<field>: ...").
+
+        Layers that differ (Gemma 4, linear attention, the first dense layers of a mixture of experts) are counted as if
+        all were of the kind that is most frequent.
+        """
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        kinds = list(getattr(text, "layer_types", None) or [])
+        layers = getattr(text, "per_layer_config", None)
+        usual = layers[max(range(len(kinds)), key=lambda i: kinds.count(kinds[i]))] if layers and kinds else text
 
         def read(field: str) -> int:
-            return _whole(f"config.{field}", getattr(text, field, None), least=1)
+            return _whole(f"config.{field}", getattr(usual, field, None), least=1)
 
         hidden_size, num_heads = read("hidden_size"), read("num_attention_heads")
         return cls(
-            num_layers=read("num_hidden_layers"),
+            num_layers=_whole("config.num_hidden_layers", getattr(text, "num_hidden_layers", None), least=1),
             hidden_size=hidden_size,
             num_heads=num_heads,
-            num_kv_heads=getattr(text, "num_key_value_heads", None) or num_heads,
-            head_dim=getattr(text, "head_dim", None) or hidden_size // num_heads,
-            intermediate_size=read("intermediate_size"),
+            num_kv_heads=getattr(usual, "num_key_value_heads", None) or num_heads,
+            head_dim=getattr(usual, "head_dim", None) or hidden_size // num_heads,
+            intermediate_size=_active_width(usual)
+            or read("ffn_dim" if hasattr(usual, "ffn_dim") else "intermediate_size"),
         )
 
     def layer_flops(self, tokens: int, kept: int | None = None) -> int:
@@ -278,13 +286,15 @@ def solve(
     vision_tokens: int,
     layers: Sequence[int] | None = None,
     shape: Sequence[int | float] | None = None,
+    possible: Sequence[int] | None = None,
 ) -> Schedule:
     """A schedule whose true average is `budget`: vision tokens per layer, or a share of all of them if below 1.
 
     `layers` are the stages' layers. None takes the published depths, 1, 10 and 20 of 32, in proportion, and puts the
     first stage earlier as long as the layers up to it would take more than 3/4 of the budget. `shape` gives the
     proportions of the keeps, one per stage, never growing. None takes those of the published schedule with the nearest
-    label (per 576 vision tokens).
+    label (per 576 vision tokens). `possible` names the layers in which a stage can sit at all (a model with linear
+    attention has others): the default layers then move to the nearest of these, the first one rather to an earlier.
 
     Keeps are whole tokens near those proportions, and none exceeds `vision_tokens` (later stages then get more). The
     average comes out at most 1 % below the budget, else at most 1 % above it, else as near as whole tokens come: one
@@ -304,7 +314,7 @@ def solve(
         return Schedule((), num_layers, vision_tokens)
 
     total = average * num_layers  # in token-layers, exact
-    depths = _solver_layers(layers, num_layers, vision_tokens, total)
+    depths = _solver_layers(layers, num_layers, vision_tokens, total, possible)
     head = vision_tokens * (depths[0] + 1) if depths else vision_tokens * num_layers
     if head > total:
         where = f"layer {depths[0]}" if depths else f"the last layer, {num_layers - 1}"
@@ -416,15 +426,22 @@ def _check_keys(prefix: str, data: dict[str, Any], required: tuple[str, ...], op
             raise ScheduleError(f"{prefix}{key}: missing")
 
 
-def _solver_layers(layers: Sequence[int] | None, num_layers: int, vision_tokens: int, total: Fraction) -> list[int]:
+def _solver_layers(
+    layers: Sequence[int] | None, num_layers: int, vision_tokens: int, total: Fraction, possible: Sequence[int] | None
+) -> list[int]:
     if layers is not None:
         if not isinstance(layers, Sequence) or isinstance(layers, str):
             raise ScheduleError(f"layers: must be a sequence of layer numbers, not {layers!r}")
         return _checked_layers("layers[{}]", list(layers), num_layers)
+    allowed = [layer for layer in range(num_layers - 1) if possible is None or layer in possible]
+    if not allowed:
+        return []
     scaled = (_round_half_up(Fraction(depth * num_layers, 32)) for depth in _PUBLISHED_LAYERS)
-    depths = sorted({min(depth, num_layers - 2) for depth in scaled} - {-1})
+    first, *later = [min(allowed, key=lambda layer: (abs(layer - depth), layer)) for depth in scaled]
     earliest_enough = math.floor(_MOST_BEFORE_FIRST_STAGE * total / vision_tokens) - 1
-    return [max(0, min(depths[0], earliest_enough)), *depths[1:]] if depths else []
+    if first > earliest_enough:
+        first = max((layer for layer in allowed if layer <= earliest_enough), default=allowed[0])
+    return sorted({first, *later})
 
 
 def _solver_shape(shape: Sequence[int | float] | None, depths: list[int], label: Fraction) -> list[Fraction]:
@@ -478,6 +495,16 @@ def _whole_keeps(
     return ways[min(ways, key=rank)][1]
 
 
+def _active_width(text: Any) -> int:
+    """Width of a mixture of experts that one token goes through, the shared expert included; 0 without experts."""
+    experts = next((n for name in _EXPERTS_A_TOKEN if (n := getattr(text, name, None))), 0)
+    width = getattr(text, "moe_intermediate_size", None) or 0
+    if not isinstance(experts, int) or not isinstance(width, int) or not experts:
+        return 0
+    shared = getattr(text, "shared_expert_intermediate_size", None) or 0
+    return experts * width + (shared or (getattr(text, "n_shared_experts", None) or 0) * width)
+
+
 def _whole(field: str, value: object, least: int = 0, kind: str = "a whole number") -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ScheduleError(f"{field}: must be {kind}, not {value!r}")
@@ -507,6 +534,7 @@ def _round_half_up(value: Fraction) -> int:
     return math.floor(value + Fraction(1, 2))
 
 
+_EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "top_k_experts")
 _MOST_BEFORE_FIRST_STAGE = Fraction(3, 4)  # of the budget; 71 % in the published schedule that spends most there
 _PUBLISHED_LAYERS = (1, 10, 20)  # of 32
 _PUBLISHED_KEEPS = {128: (290, 72, 18), 64: (133, 27, 3), 48: (80, 24, 2), 32: (40, 12, 0)}  # by label, of 576

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import operator
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -11,16 +13,18 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from adaptinfer.engine.cache import cache_argument, check_cache, history_of
-from adaptinfer.engine.families import family_of
-from adaptinfer.engine.forward import ACTIVE, Forward
-from adaptinfer.engine.guards import arguments_of, check_forward, check_generate, check_ids, check_labels
+from adaptinfer.engine.cache import cache_argument, check_cache, kv_bytes, seen_by
+from adaptinfer.engine.families import attention_of, family_of, is_flash
+from adaptinfer.engine.forward import ACTIVE, Forward, decoding_inputs
+from adaptinfer.engine.guards import arguments_of, check_forward, check_generate, check_ids, check_labels, check_mask
 from adaptinfer.engine.layout import PromptLayout, read_layout
+from adaptinfer.engine.masks import real_tokens
+from adaptinfer.engine.parallel import sum_over_ranks
 from adaptinfer.engine.report import Report
-from adaptinfer.engine.stage import rows_of_mask
 from adaptinfer.errors import AdaptInferError, UnsupportedError
 from adaptinfer.functional import gather_tokens, scatter_tokens
 from adaptinfer.pruners.base import Pruner
@@ -35,6 +39,9 @@ __all__ = ["Handle", "attach", "disabled"]
 _HANDLE = "_adaptinfer_handle"
 _ATTENTION = "adaptinfer"
 _DISABLED: ContextVar[frozenset[int]] = ContextVar("adaptinfer_disabled", default=frozenset())
+_PROMPTS: ContextVar[dict[int, int]] = ContextVar("adaptinfer_prompts", default={})  # noqa: B039 (never changed in place)
+_OUTPUT = ("o_proj", "out_proj", "dense", "wo")
+_MLP = ("mlp", "feed_forward", "block_sparse_moe")
 
 
 def attach(model: Any, pruner: Pruner, *, early_drop: bool = True) -> Handle:
@@ -90,21 +97,23 @@ class Handle:
             raise AdaptInferError("a pruner is attached to this model already; call its handle's detach() first")
         if not isinstance(pruner, Pruner):
             raise AdaptInferError(f"pruner: must be a pruner such as AdaptInfer(budget=64), not {pruner!r}")
-        self._family = family_of(model)
-        if any(hasattr(layer.self_attn.config, "adaptinfer_original") for layer in model.get_decoder().layers):
+        if any(hasattr(module.config, "adaptinfer_original") for module in _attentions(model)):
             raise AdaptInferError(
                 "a pruner is attached to a part of this model already; call its handle's detach() first"
             )
-        if pruner.positions == "compact" and not self._family.compact:
+        self._family = family_of(model)
+        if pruner.positions == "compact" and self._family.rotary is None:
             raise UnsupportedError(
-                f"positions='compact' renumbers one-dimensional positions, and {self._family.model_type} rotates by "
-                "three; use positions='keep'"
+                "positions='compact' renumbers survivors as the published LLaVA code does, which is defined for one "
+                f"rotary embedding of one-dimensional positions; {self._family.model_type} has another, so use "
+                "positions='keep'"
             )
         self._model: Any = model
         self._base: Any = model.base_model
         self._decoder: Any = model.get_decoder()
+        self._total = sum_over_ranks(model)
         self._shape = ModelShape.from_config(model.config)
-        self._placeholders = tuple(getattr(model.config, name) for name in self._family.placeholders)
+        self._call_names = list(inspect.signature(self._decoder.layers[0].forward).parameters)
         self._plans: dict[int, Schedule] = {}
         self._hooks: list[RemovableHandle] = []
         self._hooked_stages: set[int] = set()
@@ -116,6 +125,7 @@ class Handle:
         self._latest: Report | None = None
         if pruner.schedule is not None:
             pruner.schedule.check(self._shape.num_layers)
+            self._check_stages(pruner.schedule)
         self.pruner = pruner
         self.early_drop = early_drop
         self._install()
@@ -136,8 +146,18 @@ class Handle:
             ScheduleError: the budget cannot be met for such a prompt.
         """
         if vision_tokens not in self._plans:
-            self._plans[vision_tokens] = self.pruner.plan(self._shape.num_layers, vision_tokens)
+            schedule = self.pruner.plan(self._shape.num_layers, vision_tokens, self._family.scoring)
+            self._check_stages(schedule)
+            self._plans[vision_tokens] = schedule
         return self._plans[vision_tokens]
+
+    def _check_stages(self, schedule: Schedule) -> None:
+        odd = [stage.layer for stage in schedule.stages if stage.layer not in self._family.scoring]
+        if odd:
+            raise ScheduleError(
+                f"stages: layer {odd[0]} has no keys of its own to score with (linear attention, or keys of an earlier "
+                f"layer); {self._family.model_type} can prune in layers {', '.join(map(str, self._family.scoring))}"
+            )
 
     def detach(self) -> None:
         """Leave the model exactly as it was before `attach`, and let go of it. Doing it twice is harmless.
@@ -177,17 +197,20 @@ class Handle:
 
     def _install(self) -> None:
         self._before(self._model, self._check_call)
-        self._after(self._decoder.norm, self._restore_length)
+        self._after(self._decoder, self._restore_length)
         AttentionInterface.register(_ATTENTION, _attention_in_stage)
         for number, layer in enumerate(self._decoder.layers):
             self._before(layer, functools.partial(self._enter_layer, number))
+        for attention in _attentions(self._model):
             # Only this module reads the copy, so masks, flags and every other module still see the model's own config.
-            original = layer.self_attn.config
+            original = attention.config
             tapped = copy.copy(original)
             tapped._attn_implementation_internal = _ATTENTION
             tapped.adaptinfer_original, tapped.adaptinfer_owner = original, self
-            layer.self_attn.config = tapped
-            self._attention_configs.append((layer.self_attn, original))
+            attention.config = tapped
+            self._attention_configs.append((attention, original))
+        if hasattr(self._decoder, "_deepstack_process"):
+            self._override(self._decoder, "_deepstack_process", self._deepstack(self._decoder._deepstack_process))
         # Not a pair of hooks: those are skipped when a user interrupts the call.
         self._before(self._base, self._expect_forward)
         self._override(self._base, "forward", self._within_forward(self._base.forward))
@@ -209,7 +232,9 @@ class Handle:
         with self._lock:
             for number in set(layers) - self._hooked_stages:
                 layer = self._decoder.layers[number]
-                for module in (layer.self_attn.o_proj, layer.mlp):
+                parts = [getattr(attention_of(layer), name, None) for name in _OUTPUT]
+                parts += [getattr(layer, name, None) for name in _MLP]
+                for module in filter(None, parts):
                     self._before(module, functools.partial(self._drop_rows, number))
                     self._after(module, functools.partial(self._restore_rows, number))
                 self._hooked_stages.add(number)
@@ -217,6 +242,12 @@ class Handle:
     def _within_forward(self, run: Any) -> Any:
         @functools.wraps(run)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() and _is_one_token(arguments_of(run, args, kwargs)):
+                return run(*args, **kwargs)  # a compiled decoding step: the cache layers know all that is needed
+            return outside_graph(*args, **kwargs)
+
+        @torch.compiler.disable
+        def outside_graph(*args: Any, **kwargs: Any) -> Any:
             with self._call() as attached:
                 if not attached:  # somebody kept this function beyond detach
                     return run(*args, **kwargs)
@@ -237,11 +268,34 @@ class Handle:
         @functools.wraps(generate)
         def checked(*args: Any, **kwargs: Any) -> Any:
             with self._call() as attached:
-                if attached and not self._is_disabled():
-                    check_generate(self._model, arguments_of(generate, args, kwargs))
-                return generate(*args, **kwargs)
+                if not attached or self._is_disabled():
+                    return generate(*args, **kwargs)
+                arguments = arguments_of(generate, args, kwargs)
+                check_generate(self._model, arguments)
+                ids = arguments.get("input_ids", arguments.get("inputs"))
+                prompts = {} if ids is None else {id(self): ids.shape[1]}
+                token = _PROMPTS.set({**_PROMPTS.get(), **prompts})
+                try:
+                    return generate(*args, **kwargs)
+                finally:
+                    _PROMPTS.reset(token)
 
         return checked
+
+    def _deepstack(self, process: Any) -> Any:
+        """Qwen3-VL adds vision features behind its first layers, by a mask of the whole prompt."""
+
+        @functools.wraps(process)
+        def add(hidden: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
+            forward = None if torch.compiler.is_compiling() else self._active()
+            if forward is None or forward.segment is None:
+                return process(hidden, visual_pos_masks, visual_embeds)
+            features = hidden.new_zeros(*visual_pos_masks.shape, hidden.shape[-1])
+            places = visual_pos_masks[..., None].to(hidden.device)
+            features = features.masked_scatter(places, visual_embeds.to(hidden.device, hidden.dtype))
+            return hidden + forward.spread(features)
+
+        return add
 
     @contextmanager
     def _call(self) -> Iterator[bool]:
@@ -256,7 +310,8 @@ class Handle:
                 self._running -= attached
 
     def _expect_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._thread.expected = True
+        if not torch.compiler.is_compiling():
+            self._thread.expected = True
 
     def _is_disabled(self) -> bool:
         return id(self) in _DISABLED.get()
@@ -268,7 +323,7 @@ class Handle:
     # -- hooks, in the order in which a forward meets them ----------------------------------------------------------
 
     def _check_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self._is_disabled():
+        if not torch.compiler.is_compiling() and not self._is_disabled():
             check_labels(arguments_of(self._model.forward, args, kwargs))
 
     def _begin(self, arguments: dict[str, Any]) -> Forward | None:
@@ -281,13 +336,19 @@ class Handle:
         cache = cache_argument(arguments)
         if cache is not None and not hasattr(cache, "get_seq_length"):
             check_cache(cache)  # refuses it by name
-        past = cache.get_seq_length() if cache is not None else 0
-        length = new.shape[1]
-        layout, stages = None, {}
-        if ids is not None and not off and not (past and length == 1):  # a single new token is decoding
+        seen, length = seen_by(cache), new.shape[1]
+        total = _PROMPTS.get().get(id(self))  # tokens of the prompt, inside generate
+        # Static caches count on the device; reading that waits for it, and one new token can do without.
+        past: int | None = seen if isinstance(seen, int) else None if length == 1 else int(seen)
+        decoding = past is None or (past > 0 and (length == 1 or (total is not None and past >= total)))
+        layout, stages, prompt = None, {}, length
+        if ids is not None and not off and not decoding:
+            assert past is not None
+            prompt = length if total is None else min(length, total - past)
             mask = arguments.get("attention_mask")
-            flat = mask if mask is not None and getattr(mask, "ndim", 0) == 2 else None
-            layout = read_layout(ids, flat, self._placeholders)
+            if total is None:
+                check_mask(mask)  # inside generate it may come prepared
+            layout = read_layout(ids, real_tokens(mask, past, length), self._family.placeholders, prompt)
             stages = self._stages(layout)
             if stages:
                 check_forward(self._model, arguments)
@@ -295,7 +356,10 @@ class Handle:
                     check_cache(cache)
                 if self.early_drop:
                     self._hook_stages(stages)
-        return Forward(self, self.pruner, past, length, layout, stages, self.early_drop, self._decoder.rotary_emb)
+        flash = is_flash(self._model.config.get_text_config()._attn_implementation)
+        return Forward(
+            self, self._family, self.pruner, past, length, prompt, layout, stages, self.early_drop, self._total, flash
+        )
 
     def _stages(self, layout: PromptLayout) -> dict[int, tuple[int, ...]]:
         """Vision tokens that each sample keeps behind each stage; stages at which no sample drops any are left out."""
@@ -320,6 +384,8 @@ class Handle:
         return stages
 
     def _enter_layer(self, layer: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._enter_compiled(layer, args, kwargs)
         forward = self._active()
         if forward is None:
             if getattr(self._thread, "expected", False):
@@ -329,61 +395,110 @@ class Handle:
                     "pruned; detach before you change it, and attach again"
                 )
             return None
-        hidden = args[0] if args else kwargs["hidden_states"]
-        hidden = forward.advance(layer, hidden)
-        cache = cache_argument(kwargs)
-        history = history_of(cache, layer)
-        forward.cache = cache
-        if forward.segment is None and history is None:
-            return None
-        kwargs = {**kwargs, **forward.layer_inputs(history, hidden, kwargs)}
-        forward.remember(cache, layer, history)
-        if args:
-            return (hidden, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": hidden}
+        named = {**dict(zip(self._call_names, args, strict=False)), **kwargs}
+        hidden = named.pop("hidden_states")
+        if forward.length != hidden.shape[1] and layer == 0:
+            raise UnsupportedError(
+                f"{hidden.shape[1]} tokens reach the decoder where the prompt has {forward.length}: the model does not "
+                "put its vision tokens in place of as many placeholder ids, so they cannot be told from text"
+            )
+        hidden, changed = forward.enter(layer, hidden, named)
+        return ((hidden,), {**named, **changed}) if args else (args, {**named, **changed, "hidden_states": hidden})
+
+    def _enter_compiled(self, layer: int, args: Any, kwargs: Any) -> Any:
+        """A decoding step inside a compiled graph: the same masks and positions from the cache layers alone."""
+        named = {**dict(zip(self._call_names, args, strict=False)), **kwargs}
+        hidden = named.pop("hidden_states")
+        changed = decoding_inputs(self._family, layer, hidden, named)
+        return ((hidden,), {**named, **changed}) if args else (args, {**named, **changed, "hidden_states": hidden})
 
     def _drop_rows(self, layer: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         rows = self._rows_going_on(layer)
-        return None if rows is None else ((gather_tokens(args[0], rows, dim=1), *args[1:]), kwargs)
+        if rows is None:
+            return None
+        entered = args[0].shape[:2]
 
-    def _restore_rows(self, layer: int, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        def pick(value: Any) -> Any:
+            per_token = isinstance(value, torch.Tensor) and value.shape[:2] == entered
+            return gather_tokens(value, rows, dim=1) if per_token else value
+
+        return tuple(map(pick, args)), {name: pick(value) for name, value in kwargs.items()}
+
+    def _restore_rows(self, layer: int, module: nn.Module, args: Any, output: Any) -> Any:
         rows = self._rows_going_on(layer)
         forward = self._active()
         if rows is None or forward is None:
             return None
         entered = forward.length if forward.segment is None else forward.segment.index.shape[1]
-        return scatter_tokens(output, rows, entered)
+        batch, given = rows.shape
+
+        def restore(part: Tensor) -> Tensor:
+            if part.shape[:2] == (batch, given):
+                return scatter_tokens(part, rows, entered)
+            # Some mixtures of experts return [B * n, d].
+            return scatter_tokens(part.view(batch, given, -1), rows, entered).flatten(0, 1)
+
+        return (restore(output[0]), *output[1:]) if isinstance(output, tuple) else restore(output)
 
     def _rows_going_on(self, layer: int) -> Tensor | None:
-        forward = self._active()
+        forward = None if torch.compiler.is_compiling() else self._active()
         return None if forward is None else forward.dropping(layer)
 
-    def _restore_length(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        forward = self._active()
-        return None if forward is None or forward.segment is None else forward.restore_length(output)
+    def _restore_length(self, module: nn.Module, args: Any, output: Any) -> Any:
+        forward = None if torch.compiler.is_compiling() else self._active()
+        if forward is None or forward.segment is None:
+            return None
+        if isinstance(output, tuple):
+            return (forward.restore_length(output[0]), *output[1:])
+        output.last_hidden_state = forward.restore_length(output.last_hidden_state)
+        return output
 
     def _finish(self, forward: Forward) -> None:
         layout = forward.layout
-        if layout is None or (forward.past and not any(layout.vision_counts)):
+        if layout is None or (forward.past and not any(layout.vision_counts) and not any(layout.unguided_counts)):
             return  # it was no prefill
+        forward.check_stages()
         report = self._make_report(forward, layout)
         self._thread.report = self._latest = report
 
     def _make_report(self, forward: Forward, layout: PromptLayout) -> Report:
-        held = [layer.keys for layer in getattr(forward.cache, "layers", ()) if layer.is_initialized]
-        token_bytes = [2 * keys.element_size() * keys.shape[1] * keys.shape[3] * keys.shape[0] for keys in held]
+        assert forward.past is not None
         keep_all = Schedule((), self._shape.num_layers)
+        held, whole = kv_bytes(forward.cache)
+        vision = tuple(map(operator.add, layout.vision_counts, layout.unguided_counts))
         return Report(
             shape=self._shape,
             schedules=tuple(self.plan(count) if count else keep_all for count in layout.vision_counts),
-            vision_tokens=layout.vision_counts,
-            text_tokens=tuple(r - v for r, v in zip(layout.real_counts, layout.vision_counts, strict=True)),
+            vision_tokens=vision,
+            text_tokens=tuple(map(operator.sub, layout.real_counts, vision)),
             cached_tokens=forward.past,
             early_drop=self.early_drop,
-            kv_bytes=sum(size * keys.shape[2] for size, keys in zip(token_bytes, held, strict=True)),
-            vanilla_kv_bytes=sum(token_bytes) * (forward.past + forward.length),
+            kv_bytes=held,
+            vanilla_kv_bytes=whole,
             stages=tuple(forward.records),
         )
+
+
+def _attentions(model: Any) -> Iterator[Any]:
+    """The attention modules of a model's decoder, in order."""
+    layers = getattr(model.get_decoder(), "layers", ()) if hasattr(model, "get_decoder") else ()
+    return filter(None, map(attention_of, layers))
+
+
+def _is_one_token(arguments: dict[str, Any]) -> bool:
+    new = arguments.get("input_ids")
+    new = arguments.get("inputs_embeds") if new is None else new
+    return new is not None and new.shape[1] == 1
+
+
+class _Original:
+    """An attention module as it was before its config was tapped, for backends that look into the config."""
+
+    def __init__(self, module: Any) -> None:
+        self._module, self.config = module, module.config.adaptinfer_original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 def _attention_in_stage(
@@ -392,19 +507,27 @@ def _attention_in_stage(
     """The model's own attention function; in a pruning layer it scores first and attends for survivors only."""
     backend = module.config.adaptinfer_original._attn_implementation
     if backend == "eager":
-        attend = sys.modules[type(module).__module__].eager_attention_forward  # pyright: ignore
+        attend, caller = sys.modules[type(module).__module__].eager_attention_forward, module  # pyright: ignore
     else:
-        attend = ALL_ATTENTION_FUNCTIONS[backend]
-    forward, layer = ACTIVE.get(), module.layer_idx
+        attend, caller = ALL_ATTENTION_FUNCTIONS[backend], module if backend == "sdpa" else _Original(module)
+    forward = None if torch.compiler.is_compiling() else ACTIVE.get()
     # Another model may run inside a forward of this one, so the layer's number alone does not tell.
-    if forward is None or not forward.scores_in(layer) or forward.owner is not module.config.adaptinfer_owner:
-        return attend(module, query, key, value, attention_mask, **kwargs)
-    forward.choose(layer, query, key, attention_mask, kwargs["scaling"])
+    if forward is None or forward.owner is not module.config.adaptinfer_owner:
+        return attend(caller, query, key, value, attention_mask, **kwargs)
+    if is_flash(backend) and forward.segment is not None:
+        kwargs.pop("position_ids", None)  # survivors' gaps would be taken for the seams of packed sequences
+    layer = module.layer_idx
+    if not forward.scores_in(layer):
+        return attend(caller, query, key, value, attention_mask, **kwargs)
+    view = forward.choose(layer, query, key, attention_mask, kwargs)
     rows = forward.dropping(layer)
     entered = query.shape[2]
     # All rows under the causal kernel cost half a rectangle; survivors alone need an explicit mask and cost all of it.
-    if rows is None or 2 * rows.shape[1] > entered:
-        return attend(module, query, key, value, attention_mask, **kwargs)
-    mask = rows_of_mask(attention_mask, rows, key.shape[2] - entered, key.shape[2])
-    output, _ = attend(module, gather_tokens(query, rows, dim=2), key, value, mask, **kwargs)
+    # FlashAttention takes no mask, and a block mask would have to be made, for less than it saves.
+    if rows is None or 2 * rows.shape[1] > entered or backend not in ("sdpa", "eager"):
+        return attend(caller, query, key, value, attention_mask, **kwargs)
+    used = view.key.shape[2]
+    output, _ = attend(
+        caller, gather_tokens(query, rows, dim=2), key[:, :, :used], value[:, :, :used], view.visible(rows), **kwargs
+    )
     return scatter_tokens(output, rows, entered), None

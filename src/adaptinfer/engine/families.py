@@ -1,79 +1,166 @@
-"""What the engine must be told of a model family; a new family is an entry in `FAMILIES`.
+"""What the engine must know of a model, found out from the model itself.
 
-Everything else (decoder, layers, caches, masks) is found by the names that transformers uses for all of them.
+A family of models costs nothing as long as it keeps to transformers' conventions: a decoder with a list of layers, one
+attention module a layer that calls the attention interface, placeholder ids in the config. The tables below hold what
+cannot be seen from outside; `family_of` refuses what does not fit, before any work.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from adaptinfer.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-__all__ = ["FAMILIES", "Family", "check_backend", "family_of"]
+__all__ = [
+    "TESTED",
+    "Family",
+    "attention_of",
+    "check_backend",
+    "family_of",
+    "is_flash",
+    "placeholders_of",
+]
+
+TESTED: dict[str, str] = {
+    "gemma3": "Gemma 3",
+    "gemma4": "Gemma 4",
+    "glm4v": "GLM-4.1V, GLM-4.6V-Flash",
+    "glm4v_moe": "GLM-4.5V, GLM-4.6V",
+    "idefics3": "Idefics3",
+    "internvl": "InternVL 3, InternVL 3.5",
+    "llava": "LLaVA-1.5, Pixtral",
+    "llava_next": "LLaVA-NeXT (1.6)",
+    "llava_onevision": "LLaVA-OneVision",
+    "mistral3": "Mistral Small 3.1, Ministral 3",
+    "paligemma": "PaliGemma, PaliGemma 2",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen2_vl": "Qwen2-VL",
+    "qwen3_5": "Qwen3.5",
+    "qwen3_5_moe": "Qwen3.5 MoE",
+    "qwen3_vl": "Qwen3-VL",
+    "qwen3_vl_moe": "Qwen3-VL MoE",
+    "smolvlm": "SmolVLM, SmolVLM2",
+}
+"""Model types that the tests run against the masked oracle, with the models they stand for. Others are probed when a
+pruner is attached."""
+
+_PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+_COMPACT = frozenset({"llama", "mistral", "qwen2", "qwen3"})  # one rotary embedding of one-dimensional positions
+# Layer inputs with a row per token, besides hidden states, positions and masks: Gemma 4, Ernie 4.5.
+_TOKEN_INPUTS = ("per_layer_input", "moe_mm_token_type_ids")
+_ATTENTION = ("self_attn", "attn", "attention")
+_RECURRENT = ("linear_attn", "conv", "mamba")
+_USUAL_INPUTS = ("hidden_states", "position_embeddings", "position_ids", "attention_mask")
+_BACKENDS = ("sdpa", "eager", "flex_attention")
+_WAY_OUT = "; please open an issue that names the model"
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture on transformers.
+    """A model as the engine sees it.
 
     Attributes:
         model_type: ``config.model_type`` of the vision-language model.
-        placeholders: config attributes that hold the token ids standing for vision tokens.
-        text_types: ``model_type`` of the text models that the tests cover.
-        compact: whether rotary positions are one-dimensional, so that survivors can be renumbered.
+        placeholders: token ids that stand for vision tokens.
+        heads: attention heads of the whole text model, over all ranks of tensor parallelism.
+        scoring: layers in which a stage may sit: those with keys of their own.
+        recurrent: layers without attention (linear attention, convolution), which a dropped token simply never enters.
+        sources: for layers that read the keys of an earlier layer, which one (Gemma 4).
+        token_inputs: names of further layer inputs that have a row per token.
+        rotary: rotary embedding of renumbered positions; None where survivors cannot be renumbered.
     """
 
     model_type: str
-    placeholders: tuple[str, ...]
-    text_types: tuple[str, ...]
-    compact: bool
+    placeholders: tuple[int, ...]
+    heads: int
+    scoring: tuple[int, ...]
+    recurrent: frozenset[int]
+    sources: dict[int, int]
+    token_inputs: tuple[str, ...]
+    rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
 
-
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (
-        Family("llava", ("image_token_id",), ("llama", "mistral", "qwen2"), compact=True),
-        Family("qwen2_5_vl", ("image_token_id", "video_token_id"), ("qwen2_5_vl_text",), compact=False),
-    )
-}
-
-_ATTENTION_BACKENDS = ("sdpa", "eager")
+    def key_source(self, layer: int) -> int:
+        """The layer whose keys a layer reads: its own, as a rule."""
+        return self.sources.get(layer, layer)
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a loaded model.
+    """Look at a loaded model.
 
     Raises:
-        UnsupportedError: not a vision-language model of a supported family, or configured in a way (attention backend,
-            sliding windows) that pruning does not support.
+        UnsupportedError: not a vision-language model, or one that pruning inside the decoder does not fit; says why.
     """
     config: Any = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    supported = ", ".join(FAMILIES)
-    if config is None or model_type is None:
-        raise UnsupportedError(
-            f"{type(model).__name__} is not a transformers model; AdaptInfer supports the families {supported}"
-        )
-    family = FAMILIES.get(model_type)
-    if family is None:
-        vision = hasattr(config, "vision_config")
-        what = "a vision-language model of a family not supported yet" if vision else "not a vision-language model"
-        raise UnsupportedError(f"model type {model_type!r} is {what}; AdaptInfer supports {supported}")
+    if getattr(config, "model_type", None) is None or not hasattr(model, "get_decoder"):
+        raise UnsupportedError(f"{type(model).__name__} is not a transformers model; load one with from_pretrained")
+    placeholders, model_type = placeholders_of(config), config.model_type
+    layers = _layers_of(model, model_type)
     text = config.get_text_config()
-    if text.model_type not in family.text_types:
-        raise UnsupportedError(
-            f"{model_type} with the text model {text.model_type!r} is not supported; use one of {family.text_types}"
-        )
     check_backend(text)
-    layer_types = getattr(text, "layer_types", None) or []
-    windowed = any("sliding" in kind or "chunked" in kind for kind in layer_types)
-    if windowed or (not layer_types and getattr(text, "sliding_window", None)):
-        raise UnsupportedError("sliding-window attention layers are not supported yet; disable them in the text config")
+    recurrent = _checked_layers(layers, model_type)
+    sources = _key_sources(text, len(layers))
+    family = Family(
+        model_type=model_type,
+        placeholders=placeholders,
+        heads=text.num_attention_heads,
+        scoring=tuple(i for i in range(len(layers)) if i not in recurrent and i not in sources),
+        recurrent=recurrent,
+        sources=sources,
+        token_inputs=_TOKEN_INPUTS,
+        rotary=model.get_decoder().rotary_emb if text.model_type in _COMPACT else None,  # pyright: ignore
+    )
+    if model_type not in TESTED:
+        _probe(model, family)
     return family
+
+
+def placeholders_of(config: Any) -> tuple[int, ...]:
+    """The token ids that stand for vision tokens, from a model's config alone.
+
+    Raises:
+        UnsupportedError: it is no config of a vision-language model whose vision tokens stand among the text.
+    """
+    model_type = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"{model_type} is an encoder-decoder: its image never enters the decoder as tokens, so there is nothing to "
+            "prune inside it"
+        )
+    found = (getattr(config, name, None) for name in _PLACEHOLDERS)
+    placeholders = tuple(dict.fromkeys(token for token in found if isinstance(token, int)))
+    if placeholders:
+        return placeholders
+    if hasattr(config, "vision_config"):
+        raise UnsupportedError(
+            f"{model_type} names no image_token_id in its config, so vision tokens cannot be told from text{_WAY_OUT}"
+        )
+    raise UnsupportedError(
+        f"{model_type} is not a vision-language model (its config names no image_token_id), and AdaptInfer prunes "
+        "vision tokens"
+    )
+
+
+def attention_of(layer: Any) -> Any:
+    """The attention module of a decoder layer; None if it has none."""
+    for name in _ATTENTION:
+        module = getattr(layer, name, None)
+        if module is not None and hasattr(module, "config") and hasattr(module, "layer_idx"):
+            return module
+    return None
+
+
+def is_flash(implementation: str) -> bool:
+    """Whether an attention implementation takes FlashAttention's two-dimensional masks."""
+    return "flash" in implementation and not implementation.startswith("paged")
 
 
 def check_backend(text_config: Any) -> None:
@@ -82,8 +169,117 @@ def check_backend(text_config: Any) -> None:
     Raises:
         UnsupportedError: naming the backend.
     """
-    if text_config._attn_implementation not in _ATTENTION_BACKENDS:
+    name = text_config._attn_implementation
+    if name not in _BACKENDS and not is_flash(name):
         raise UnsupportedError(
-            f"attention backend {text_config._attn_implementation!r} is not supported yet; load the model with "
-            "attn_implementation='sdpa' (fast) or 'eager'"
+            f"attention backend {name!r} is not supported; load the model with attn_implementation='sdpa', "
+            "'flash_attention_2', 'flex_attention' or 'eager'"
         )
+
+
+# -- looking at a model ---------------------------------------------------------------------------------------------
+
+
+def _layers_of(model: Any, model_type: str) -> Any:
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    odd = next((name for name in _parameters(decoder) if "deepstack" in name), None)
+    if odd and not hasattr(decoder, "_deepstack_process"):
+        raise UnsupportedError(
+            f"{model_type}: {type(decoder).__name__} adds vision features between its layers ({odd}) in an unknown "
+            f"way{_WAY_OUT}"
+        )
+    if layers is None or not len(layers):
+        raise UnsupportedError(f"{model_type}: no list of decoder layers found in {type(decoder).__name__}{_WAY_OUT}")
+    return layers
+
+
+def _parameters(layer: Any) -> list[str]:
+    return list(inspect.signature(layer.forward).parameters)
+
+
+def _checked_layers(layers: Any, model_type: str) -> frozenset[int]:
+    """The layers without attention. Raises UnsupportedError for layers that pruning does not fit."""
+    recurrent = set()
+    for number, layer in enumerate(layers):
+        kind = type(layer).__name__
+        if any("cross_attn" in name for name, _ in layer.named_children()):
+            raise UnsupportedError(
+                f"{model_type} reads its image by cross-attention ({kind}): there are no vision tokens among the text "
+                "tokens that could be pruned"
+            )
+        if "hidden_states" not in _parameters(layer):
+            raise UnsupportedError(f"{model_type}: {kind}.forward takes no hidden_states{_WAY_OUT}")
+        attention = attention_of(layer)
+        if attention is None:
+            if not any(hasattr(layer, name) for name in _RECURRENT):
+                raise UnsupportedError(f"{model_type}: no attention module found in {kind}{_WAY_OUT}")
+            recurrent.add(number)
+        elif not hasattr(sys.modules[type(attention).__module__], "ALL_ATTENTION_FUNCTIONS"):
+            raise UnsupportedError(
+                f"{model_type}: {type(attention).__name__} does not use transformers' attention interface, where the "
+                f"scores are taken{_WAY_OUT}"
+            )
+        elif getattr(attention, "sinks", None) is not None:
+            raise UnsupportedError(f"{model_type}: attention sinks ({type(attention).__name__}) are not supported yet")
+    if len(recurrent) == len(layers):
+        raise UnsupportedError(f"{model_type} has no layer with attention, so nothing could be scored")
+    return frozenset(recurrent)
+
+
+def _key_sources(text_config: Any, num_layers: int) -> dict[int, int]:
+    """Gemma 4's last layers read the keys of the last layer of their kind that has any."""
+    shared = getattr(text_config, "num_kv_shared_layers", 0) or 0
+    own = range(num_layers - shared)
+    kinds = getattr(text_config, "layer_types", None) or ["full_attention"] * num_layers
+    return {
+        layer: max(earlier for earlier in own if kinds[earlier] == kinds[layer])
+        for layer in range(num_layers - shared, num_layers)
+    }
+
+
+@torch.no_grad()
+def _probe(model: Any, family: Family) -> None:
+    """Send four embeddings through the decoder of a model that no test knows, and watch the layers being called."""
+    decoder, layers = model.get_decoder(), model.get_decoder().layers
+    weight = next(decoder.parameters())
+    width = model.config.get_text_config().hidden_size
+    embeddings = torch.zeros(1, 4, width, dtype=weight.dtype, device=weight.device)
+    seen: list[str] = []
+
+    def watch(number: int) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            kwargs = {**dict(zip(_parameters(module), args, strict=False)), **kwargs}
+            hidden = kwargs.get("hidden_states")
+            shape = tuple(getattr(hidden, "shape", ()))
+            if shape != (1, 4, width):
+                seen.append(f"layer {number} is given hidden states of shape {shape} for four tokens")
+            if number != len(seen):
+                seen.append(f"layer {number} is not called once and in order")
+            odd = [
+                name
+                for name, value in kwargs.items()
+                if isinstance(value, torch.Tensor)
+                and value.shape[:2] == (1, 4)
+                and name not in (*_USUAL_INPUTS, *family.token_inputs)
+            ]
+            seen.append(f"its layers take a further input per token ({odd[0]})" if odd else "")
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(watch(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    try:
+        decoder(inputs_embeds=embeddings, use_cache=False)
+    except Exception as error:
+        raise UnsupportedError(
+            f"{family.model_type}: its decoder did not run on embeddings alone ({type(error).__name__}: {error})"
+            + _WAY_OUT
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    trouble = next((line for line in seen if line), None)
+    if trouble is None and len(seen) != len(layers):
+        trouble = f"{len(seen)} of its {len(layers)} layers were called"
+    if trouble:
+        raise UnsupportedError(f"{family.model_type}: {trouble}{_WAY_OUT}")

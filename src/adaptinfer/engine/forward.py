@@ -13,15 +13,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from adaptinfer.engine.cache import History, hold
+from adaptinfer.engine.cache import (
+    History,
+    Keys,
+    cache_argument,
+    history_of,
+    hold,
+    keys_of,
+    mask_offset,
+    whole_history,
+)
 from adaptinfer.engine.layout import PromptLayout, rectangle
+from adaptinfer.engine.masks import layer_mask, recurrent_mask, visible_keys
 from adaptinfer.engine.report import StageRecord
 from adaptinfer.engine.stage import StageView
+from adaptinfer.errors import UnsupportedError
 from adaptinfer.functional import gather_tokens, positions_of, scatter_tokens, top_k_mask
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from adaptinfer.engine.families import Family
     from adaptinfer.pruners.base import Pruner
 
 __all__ = ["ACTIVE", "Forward", "Segment"]
@@ -35,7 +47,7 @@ class Segment:
 
     Attributes:
         layer: the stage's layer; this segment is given to the layers after it.
-        index: int64, positions among the call's N tokens, ascending.
+        index: int64, positions among the call's N tokens, ascending but for fillers, which stand first.
         relative: int64, positions among the tokens of the segment before.
         valid: bool or None; False marks a filler: a token that was dropped (or padding) and only completes the
             rectangle of a batch whose samples keep different numbers. It is never attended.
@@ -57,24 +69,34 @@ class Forward:
     def __init__(
         self,
         owner: object,
+        family: Family,
         pruner: Pruner,
-        past: int,
+        past: int | None,
         length: int,
+        prompt: int,
         layout: PromptLayout | None,
         stages: dict[int, tuple[int, ...]],
         early_drop: bool,
-        rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        total: Callable[[Tensor], Tensor],
+        flash: bool,
     ) -> None:
+        """Args:
+        past: logical tokens cached before the call; None for one new token on a static cache, which nobody needs.
+        length: N, new tokens.
+        prompt: how many of these are the prompt's; the others are guesses of assisted decoding, which do not guide
+            and may be forgotten again.
+        """
         self.owner = owner
         self.past, self.length, self.layout = past, length, layout
         self.records: list[StageRecord] = []
         self.cache: Any = None
         self.segment: Segment | None = None
         self.upcoming: Segment | None = None
-        self._pruner, self._early_drop, self._rotary = pruner, early_drop, rotary
-        self._stages = stages
+        self._family, self._pruner, self._early_drop, self._total = family, pruner, early_drop, total
+        self._stages, self._prompt, self._flash = stages, prompt, flash
         self._counts = layout.vision_counts if layout else ()
         self._memo: dict[Any, Any] = {}
+        self._read_by: dict[int, tuple[History, Any]] = {}
 
     # -- inside a pruning layer -------------------------------------------------------------------------------------
 
@@ -82,17 +104,33 @@ class Forward:
         """Whether a stage sits in this layer."""
         return layer in self._stages
 
+    def check_stages(self) -> None:
+        """Raise unless every stage was met: a layer whose attention went another way would go on unpruned."""
+        missed = set(self._stages) - {record.layer for record in self.records}
+        if missed:
+            raise UnsupportedError(
+                f"layers {sorted(missed)} were to prune, but their attention did not pass through transformers' "
+                "attention interface, so the answer is not a pruned one; please report this model"
+            )
+
     def dropping(self, layer: int) -> Tensor | None:
         """Rows that go on, if this layer need not compute the others' outputs; None for every other layer."""
         upcoming = self.upcoming
         return upcoming.relative if self._early_drop and upcoming is not None and upcoming.layer == layer else None
 
     @torch.no_grad()
-    def choose(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> None:
-        """Score the vision tokens inside the stage's layer and settle which tokens the next layer is given."""
-        layout = self.layout
-        assert layout is not None
-        segment = self.segment
+    def choose(self, layer: int, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> StageView:
+        """Score the vision tokens inside the stage's layer and settle which tokens the next layer is given.
+
+        Args:
+            layer: the stage's.
+            query: [B, H, n, D].
+            key: [B, K, L, D].
+            mask: the layer's own, of any kind.
+            options: the other arguments of the layer's attention function.
+        """
+        layout, segment = self.layout, self.segment
+        assert layout is not None and self.past is not None
         device = query.device
         if segment is None:
             vision, text, valid = layout.vision.to(device), layout.text.to(device), layout.real
@@ -102,7 +140,26 @@ class Forward:
         keeps = self._stages[layer]
         text_index, text_mask = rectangle(text, layout.text_counts)
         vision_index, vision_mask = rectangle(vision, self._counts)
-        view = StageView(layer, query, key, mask, scaling, text_index, text_mask, vision_index, vision_mask)
+        used = self._entries_in_use(layer, key.shape[2])
+        past, key = used - query.shape[2], key[:, :, :used]  # a static cache has room behind
+
+        def visible(rows: Tensor) -> Tensor:
+            return visible_keys(mask, rows, past, used, options.get("sliding_window"))
+
+        view = StageView(
+            layer=layer,
+            query=query,
+            key=key,
+            visible=visible,
+            scaling=options.get("scaling") or query.shape[3] ** -0.5,
+            softcap=options.get("softcap"),
+            text_index=text_index,
+            text_mask=text_mask,
+            vision_index=vision_index,
+            vision_mask=vision_mask,
+            total=self._total,
+            all_heads=self._family.heads,
+        )
         score = self._pruner.score(view)
         candidates = torch.ones_like(vision_index, dtype=torch.bool) if vision_mask is None else vision_mask
         k = keeps[0] if min(keeps) == max(keeps) else torch.tensor(keeps).to(device, non_blocking=True)[:, None]
@@ -135,126 +192,226 @@ class Forward:
             )
         )
         self._counts = keeps
+        return view
+
+    def _entries_in_use(self, layer: int, columns: int) -> int:
+        """How many of a layer's key columns hold something; the last of them are those of this call."""
+        assert self.past is not None
+        history = history_of(self.cache, layer)
+        dropped = 0 if history is None else history.dropped
+        return min(columns, self.past + self.length - dropped)
 
     # -- at the input of every layer --------------------------------------------------------------------------------
 
-    def advance(self, layer: int, hidden: Tensor) -> Tensor:
-        """Drop what the stage before this layer decided to drop; hidden states [B, n, d] in and out."""
+    def enter(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """What a layer is given instead of the model's own inputs.
+
+        Args:
+            layer: its number.
+            hidden: [B, n, d], the output of the layer before.
+            kwargs: the layer's keyword arguments.
+
+        Returns:
+            Hidden states, and the keyword arguments that change.
+        """
         upcoming = self.upcoming
-        if upcoming is None or upcoming.layer + 1 != layer:
-            return hidden
-        self.segment, self.upcoming = upcoming, None
-        return gather_tokens(hidden, upcoming.relative, dim=1)
-
-    def layer_inputs(self, history: History | None, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Mask, rotary embeddings and positions for the present segment; made once for all layers that share them."""
-        key = (id(self.segment), id(history), id(kwargs.get("attention_mask")))
-        if key not in self._memo:
-            # The operands are kept beside the result: an id is unique only while its object lives.
-            self._memo[key] = (self._make_inputs(history, hidden, kwargs), self.segment, history, kwargs)
-        return self._memo[key][0]
-
-    def remember(self, cache: Any, layer: int, history: History | None) -> None:
-        """Tell a layer's cache which tokens it is about to hold."""
-        self.cache = cache
+        if upcoming is not None and upcoming.layer + 1 == layer:
+            entered = self.length if self.segment is None else self.segment.index.shape[1]
+            self.segment, self.upcoming = upcoming, None
+            if hidden.shape[1] == entered:  # else the model went on with the last tokens alone, see _inputs
+                hidden = gather_tokens(hidden, upcoming.relative, dim=1)
+        cache = self.cache = cache_argument(kwargs)
         segment = self.segment
-        if segment is None or cache is None:
-            return
-        key = ("history", id(segment), id(history))
-        if key not in self._memo:
-            columns, valid = self._columns(history, segment.index.device, segment.index.shape[0])
-            shift = None
-            if self._pruner.positions == "compact":
-                shift = self._dropped_before()[:, -1:] + (0 if history is None else _shift(history))
-            self._memo[key] = (History(columns, valid, self.past + self.length, shift), segment, history)
-        hold(cache, layer, self._memo[key][0])
+        if layer in self._family.recurrent:
+            return hidden, {} if segment is None else self._recurrent_inputs(segment, kwargs)
+        source = self._family.key_source(layer)
+        before = history_of(cache, source)
+        if segment is None and before is None:
+            if not self._stages or layer not in self._family.sources.values():
+                return hidden, {}
+            before = whole_history(hidden)  # later layers read its keys, and may then be given fewer tokens
+            if cache is not None:
+                hold(cache, layer, before)
+        if source != layer:  # it reads the keys of an earlier layer, which may have been given more
+            after, span = self._read_by[source]
+        else:
+            offset = mask_offset(cache, layer)
+            after = before if segment is None else self._history_after(segment, before)
+            assert after is not None
+            if segment is not None and cache is not None:
+                hold(cache, layer, after)
+            held = self.length if segment is None else segment.index.shape[1]
+            span = (offset, keys_of(cache, layer, after, self.past, self.length, held))
+            self._read_by[layer] = after, span
+        return hidden, self._inputs(before, after, span, hidden, kwargs)
 
     def restore_length(self, hidden: Tensor) -> Tensor:
         """Hidden states of the survivors at their own places in the full prompt, zeros elsewhere: [B, N, d]."""
         segment = self.segment
-        if segment is None:
-            return hidden
+        if segment is None or hidden.shape[1] != segment.index.shape[1]:
+            return hidden  # nothing dropped, or the model itself went on with the last tokens alone
         return scatter_tokens(hidden, segment.index, self.length, segment.valid)
+
+    def spread(self, tokens: Tensor) -> Tensor:
+        """Per-token values of the whole call [B, N, d] for the tokens that the present layer was given."""
+        return tokens if self.segment is None else gather_tokens(tokens, self.segment.index, dim=1)
 
     # -- helpers ----------------------------------------------------------------------------------------------------
 
-    def _make_inputs(self, history: History | None, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        index = None if self.segment is None else self.segment.index
-        inputs: dict[str, Any] = {}
-        if "attention_mask" in kwargs:
-            inputs["attention_mask"] = self._mask(kwargs["attention_mask"], history, hidden)
-        positions = kwargs.get("position_ids")
-        if positions is not None and index is not None:
-            positions = gather_tokens(positions, index, dim=positions.ndim - 1, batch_dim=positions.ndim - 2)
-        shift = self._position_shift(history)
-        if shift is not None and positions is not None:
-            inputs["position_ids"] = positions - shift.to(positions.device)
-            inputs["position_embeddings"] = self._rotary(hidden, inputs["position_ids"])
-        elif index is not None:
-            inputs["position_ids"] = positions
-            rotary = kwargs.get("position_embeddings")
-            if rotary is not None:
-                inputs["position_embeddings"] = tuple(
-                    gather_tokens(part, index, dim=part.ndim - 2, batch_dim=part.ndim - 3) for part in rotary
-                )
+    def _remembered(self, key: tuple[Any, ...], make: Callable[[], Any], *operands: Any) -> Any:
+        """Made once for all layers that share its operands, which are kept: an id is unique only while they live."""
+        key = (*key, *map(id, operands))
+        if key not in self._memo:
+            self._memo[key] = (make(), operands)
+        return self._memo[key][0]
+
+    def _history_after(self, segment: Segment, before: History | None) -> History:
+        def make() -> History:
+            assert self.past is not None
+            end = self.past + self._prompt
+            index = segment.index[:, : segment.index.shape[1] - (self.length - self._prompt)]
+            valid = None if segment.valid is None else segment.valid[:, : index.shape[1]]
+            columns = self.past + index
+            if before is not None or self.past:
+                device, batch = index.device, index.shape[0]
+                whole = whole_history(index) if before is None else before
+                held = Keys(whole.columns.to(device), None if whole.valid is None else whole.valid.to(device))
+                between = torch.arange(whole.length, self.past, device=device).expand(batch, -1)
+                parts = [held.columns.expand(batch, -1), between, columns]
+                if held.valid is not None or valid is not None:
+                    flags = [held.valid, None, valid]
+                    valid = torch.cat(
+                        [
+                            torch.ones_like(part, dtype=torch.bool) if flag is None else flag
+                            for part, flag in zip(parts, flags, strict=True)
+                        ],
+                        dim=1,
+                    )
+                columns = torch.cat(parts, dim=1)
+            shift = None
+            if self._pruner.positions == "compact":
+                shift = self._dropped_before(segment)[:, self._prompt - 1 : self._prompt]
+                shift = shift if before is None or before.shift is None else shift + before.shift
+            return History(columns, valid, end, shift)
+
+        return self._remembered(("history",), make, segment, before)
+
+    def _inputs(
+        self, before: History | None, after: History, span: tuple[int, Any], hidden: Tensor, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        offset, keys = span
+        segment, mask = self.segment, kwargs.get("attention_mask")
+        given = hidden.shape[1]
+        # Gemma 4 goes on with the last tokens alone where no later layer needs the others' keys, and cuts its inputs.
+        cut = (self.length if segment is None else segment.index.shape[1]) - given
+        index = None if segment is None else segment.index[:, cut:]
+        rows = index if index is None or not cut else index - (self.length - given)
+
+        def make() -> dict[str, Any]:
+            columns = keys if isinstance(keys, Keys) else after.entries(*keys)
+            inputs: dict[str, Any] = {}
+            if "attention_mask" in kwargs:
+                positions = self._positions(index, given, hidden)
+                inputs["attention_mask"] = layer_mask(mask, rows, columns, offset, positions, self._flash)
+            numbers = kwargs.get("position_ids")
+            if numbers is not None and index is not None:
+                numbers = gather_tokens(numbers, index, dim=numbers.ndim - 1, batch_dim=numbers.ndim - 2)
+            shift = self._position_shift(before)
+            if shift is not None and numbers is not None and self._family.rotary is not None:
+                inputs["position_ids"] = numbers - shift.to(numbers.device)
+                inputs["position_embeddings"] = self._family.rotary(hidden, inputs["position_ids"])
+            elif rows is not None:
+                if numbers is not None:
+                    inputs["position_ids"] = numbers
+                inputs.update(self._rotated(rows, kwargs))
+            return inputs
+
+        operands = (segment, before, after, mask, kwargs.get("position_embeddings"))
+        entries, shared = (None, keys) if isinstance(keys, Keys) else (keys, None)
+        inputs = self._remembered(("inputs", entries, offset, cut), make, *operands, shared)
+        return {**inputs, **self._token_inputs(rows, given, kwargs)}
+
+    def _rotated(self, rows: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        rotary = kwargs.get("position_embeddings")
+        if rotary is None:
+            return {}
+
+        def pick(part: Tensor) -> Tensor:
+            return gather_tokens(part, rows, dim=part.ndim - 2, batch_dim=part.ndim - 3)
+
+        return {"position_embeddings": pick(rotary) if isinstance(rotary, Tensor) else tuple(map(pick, rotary))}
+
+    def _token_inputs(self, rows: Tensor | None, given: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Further inputs of a layer that have a row per token (Gemma 4's per-layer embeddings)."""
+        if rows is None:
+            return {}
+        named = {name: kwargs[name] for name in self._family.token_inputs if kwargs.get(name) is not None}
+        return {name: gather_tokens(value, rows, dim=1) for name, value in named.items() if value.shape[1] != given}
+
+    def _recurrent_inputs(self, segment: Segment, kwargs: dict[str, Any]) -> dict[str, Any]:
+        mask = kwargs.get("attention_mask")
+        made = self._remembered(
+            ("recurrent",), lambda: (recurrent_mask(mask, segment.index, segment.valid),), segment, mask
+        )
+        numbers = kwargs.get("position_ids")
+        inputs = {"attention_mask": made[0], **self._rotated(segment.index, kwargs)}
+        if numbers is not None:
+            inputs["position_ids"] = gather_tokens(
+                numbers, segment.index, dim=numbers.ndim - 1, batch_dim=numbers.ndim - 2
+            )
         return inputs
 
-    def _mask(self, mask: Tensor | None, history: History | None, hidden: Tensor) -> Tensor | None:
-        segment = self.segment
-        batch, device = hidden.shape[0], hidden.device
-        fillers = (segment is not None and segment.valid is not None) or (history and history.valid is not None)
-        if mask is None and not fillers:
-            return None  # plainly causal stays plainly causal: survivors are in their old order
-        columns, valid = self._columns(history, device, batch)
-        if mask is None:
-            rows = torch.arange(self.length, device=device).expand(batch, -1) if segment is None else segment.index
-            mask = (columns[:, None, :] <= self.past + rows[:, :, None])[:, None]
-        else:
-            if segment is not None:
-                mask = gather_tokens(mask, segment.index, dim=2)
-            mask = gather_tokens(mask, columns, dim=3)
-        if valid is None:
-            return mask
-        allowed = valid.to(mask.device)[:, None, None, :]
-        return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)
+    def _positions(self, index: Tensor | None, given: int, hidden: Tensor) -> Tensor:
+        """Logical positions of the tokens given to a layer, int64 [B or 1, n]."""
+        past = self.past or 0
+        if index is not None:
+            return past + index
+        return torch.arange(past + self.length - given, past + self.length, device=hidden.device)[None]
 
-    def _columns(self, history: History | None, device: torch.device, batch: int) -> tuple[Tensor, Tensor | None]:
-        """Logical positions of the key columns of a layer in this call, and which of them are no fillers."""
-        segment = self.segment
-        start = 0 if history is None else history.length
-        stop = self.past + (self.length if segment is None else 0)
-        parts = [torch.arange(start, stop, device=device).expand(batch, -1)]
-        valid: list[Tensor | None] = [None]
-        if history is not None:
-            parts.insert(0, history.columns.to(device))
-            valid.insert(0, history.valid)
-        if segment is not None:
-            parts.append(self.past + segment.index.to(device))
-            valid.append(segment.valid)
-        columns = torch.cat(parts, dim=1)
-        if all(part is None for part in valid):
-            return columns, None
-        masks = [
-            torch.ones_like(part, dtype=torch.bool) if ok is None else ok.to(device)
-            for part, ok in zip(parts, valid, strict=True)
-        ]
-        return columns, torch.cat(masks, dim=1)
-
-    def _position_shift(self, history: History | None) -> Tensor | None:
+    def _position_shift(self, before: History | None) -> Tensor | None:
         """How far compact positions lie below the original ones, [B, n] or [B, 1]; None to keep positions."""
-        shift = None if history is None else history.shift
-        if self.segment is not None and self._pruner.positions == "compact":
-            within = self._dropped_before().gather(1, self.segment.index)
+        shift = None if before is None else before.shift
+        segment = self.segment
+        if segment is not None and self._pruner.positions == "compact":
+            within = self._dropped_before(segment).gather(1, segment.index)
             shift = within if shift is None else within + shift
         return shift
 
-    def _dropped_before(self) -> Tensor:
+    def _dropped_before(self, segment: Segment) -> Tensor:
         """Tokens dropped up to and including each of the N positions, int64 [B, N]."""
-        assert self.layout is not None and self.segment is not None
-        segment, vision = self.segment, self.layout.vision.to(self.segment.index.device)
+        assert self.layout is not None
+        vision = self.layout.vision.to(segment.index.device)
         alive = torch.zeros_like(vision).scatter(1, segment.index, segment.vision)
         return (vision & ~alive).cumsum(dim=1)
 
 
-def _shift(history: History) -> Tensor | int:
-    return 0 if history.shift is None else history.shift
+def decoding_inputs(family: Family, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What changes for a layer that is given one new token, told from its cache layer alone, so that it can be traced.
+
+    Args:
+        family: of the model.
+        layer: its number.
+        hidden: [B, 1, d].
+        kwargs: the layer's keyword arguments.
+    """
+    cache = cache_argument(kwargs)
+    source = family.key_source(layer)
+    history = None if layer in family.recurrent else history_of(cache, source)
+    if history is None:
+        return {}
+    changed: dict[str, Any] = {}
+    storage = cache.layers[source]
+    past = storage.get_seq_length()
+    if source != layer:
+        past = past - 1  # that layer has taken up the token already
+    keys = keys_of(cache, source, history, past, 1, 1)
+    keys = keys if isinstance(keys, Keys) else history.entries(*keys)
+    if "attention_mask" in kwargs:
+        positions = torch.full((1, 1), past, device=hidden.device) if isinstance(past, int) else past.view(1, 1)
+        mask = kwargs["attention_mask"]
+        changed["attention_mask"] = layer_mask(mask, None, keys, mask_offset(cache, source), positions, mask is None)
+    positions = kwargs.get("position_ids")
+    if history.shift is not None and positions is not None and family.rotary is not None:
+        changed["position_ids"] = positions - history.shift.to(positions.device)
+        changed["position_embeddings"] = family.rotary(hidden, changed["position_ids"])
+    return changed

@@ -14,7 +14,7 @@ from adaptinfer.errors import UnsupportedError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["arguments_of", "check_forward", "check_generate"]
+__all__ = ["arguments_of", "check_forward", "check_generate", "check_ids", "check_labels", "check_mask"]
 
 _ESCAPE = "or run this call inside adaptinfer.disabled(model)"
 
@@ -42,32 +42,26 @@ def check_generate(model: Any, kwargs: dict[str, Any]) -> None:
 
     if kwargs.get("inputs_embeds") is not None and kwargs.get("input_ids", kwargs.get("inputs")) is None:
         raise UnsupportedError(_NO_IDS)
-    if setting("use_cache") is False:
-        raise UnsupportedError(
-            "use_cache=False in generate would prune anew at every token, with the answer taken for the question; "
-            f"leave use_cache on, {_ESCAPE}"
-        )
     if setting("prefill_chunk_size"):
         raise UnsupportedError(
             "chunked prefill (prefill_chunk_size) splits the image from its question, which then cannot guide the "
             f"pruning; leave it unset, {_ESCAPE}"
         )
-    implementation = setting("cache_implementation")
-    if implementation not in (None, "dynamic"):
+    if setting("cache_implementation") == "paged":
         raise UnsupportedError(
-            f"cache_implementation={implementation!r} cannot hold layers of different length; leave it unset, {_ESCAPE}"
+            f"cache_implementation='paged' (continuous batching) is not supported; leave it unset, {_ESCAPE}"
         )
-    if setting("assistant_model") is not None or setting("prompt_lookup_num_tokens"):
+    if setting("assistant_early_exit"):
         raise UnsupportedError(
-            "assisted decoding (assistant_model, prompt_lookup_num_tokens) is not supported yet; leave it off, "
-            f"{_ESCAPE}"
+            "assistant_early_exit drafts with the first layers of this very model, whose pruned cache it cannot share; "
+            f"use prompt_lookup_num_tokens or an assistant_model, {_ESCAPE}"
         )
     for flag in ("output_attentions", "output_hidden_states"):
         if setting(flag):
             raise UnsupportedError(_outputs_of_different_length(flag))
     cache = cache_argument(kwargs)
     if cache is not None:
-        check_cache(cache)
+        check_cache(cache, pruning=False)
 
 
 def check_forward(model: Any, arguments: dict[str, Any]) -> None:
@@ -84,12 +78,16 @@ def check_forward(model: Any, arguments: dict[str, Any]) -> None:
         wanted = arguments.get(flag)
         if getattr(config, flag, False) if wanted is None else wanted:
             raise UnsupportedError(_outputs_of_different_length(flag))
-    mask = arguments.get("attention_mask")
+
+
+def check_mask(mask: Any) -> None:
+    """Refuse masks of a user's own making, which may hide more than padding.
+
+    Raises:
+        UnsupportedError: it is no [batch, tokens] tensor.
+    """
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-        raise UnsupportedError(
-            f"pruning needs a two-dimensional attention_mask [batch, tokens] (or none), {_ESCAPE}; "
-            "static caches prepare other masks and are not supported"
-        )
+        raise UnsupportedError(f"pruning needs a two-dimensional attention_mask [batch, tokens] (or none), {_ESCAPE}")
 
 
 def check_labels(arguments: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaptinfer.errors import UnsupportedError
 from adaptinfer.functional import marked_first
 
 __all__ = ["PromptLayout", "read_layout", "rectangle"]
@@ -18,11 +17,12 @@ class PromptLayout:
     """The new tokens of one forward call, [B, N]; counts are known on the host, so that all shapes are.
 
     Attributes:
-        vision: bool [B, N], the vision tokens that are not masked.
+        vision: bool [B, N], the vision tokens that may be pruned: neither masked nor without text behind them.
         text: bool [B, N], the tokens after the last vision token of each row (they guide); never padding, and none in
             a row without vision tokens.
         real: bool [B, N] or None; False is padding, None means that there is none.
-        vision_counts: vision tokens of each row.
+        vision_counts: of these, how many each row has.
+        unguided_counts: vision tokens of rows without text behind them; nothing guides, so all of them stay.
         text_counts: guiding tokens of each row.
         real_counts: tokens of each row without padding.
     """
@@ -31,6 +31,7 @@ class PromptLayout:
     text: Tensor
     real: Tensor | None
     vision_counts: tuple[int, ...]
+    unguided_counts: tuple[int, ...]
     text_counts: tuple[int, ...]
     real_counts: tuple[int, ...]
 
@@ -40,19 +41,19 @@ class PromptLayout:
         return self.vision.shape[1]
 
 
-def read_layout(input_ids: Tensor, attention_mask: Tensor | None, placeholders: tuple[int, ...]) -> PromptLayout:
+def read_layout(
+    input_ids: Tensor, attention_mask: Tensor | None, placeholders: tuple[int, ...], prompt: int | None = None
+) -> PromptLayout:
     """Find vision and guiding text tokens by the placeholder ids; several images and text between them are fine.
 
-    This is the one place of a pruned forward that reads a tensor on the host: three integers a row, before the first
+    This is the one place of a pruned forward that reads a tensor on the host: four integers a row, before the first
     decoder layer. Everything behind it has static shapes.
 
     Args:
         input_ids: int64 [B, N], the new tokens of this call.
-        attention_mask: [B, P + N], 0 is padding, P tokens being cached already; None means no padding.
+        attention_mask: [B, P + N] or [B, N], 0 is padding, P tokens being cached already; None means no padding.
         placeholders: token ids that stand for vision tokens.
-
-    Raises:
-        UnsupportedError: a row has vision tokens and no text after them, so that nothing could guide.
+        prompt: tokens that belong to the prompt; those behind are guesses of assisted decoding and never guide.
     """
     vision = input_ids == placeholders[0]
     for token in placeholders[1:]:
@@ -67,17 +68,13 @@ def read_layout(input_ids: Tensor, attention_mask: Tensor | None, placeholders: 
     text = (positions > last) & (last >= 0)
     if real is not None:
         text = text & real
+    if prompt is not None:
+        text = text & (positions < prompt)
+    guided = text.any(dim=1, keepdim=True)
+    found, vision = vision, vision & guided
     real_count = torch.full_like(last[:, 0], length) if real is None else real.sum(dim=1)
-    counts = torch.stack([vision.sum(dim=1), text.sum(dim=1), real_count]).tolist()
-    vision_counts, text_counts, real_counts = (tuple(row) for row in counts)
-    for row, (count, guides) in enumerate(zip(vision_counts, text_counts, strict=True)):
-        if count and not guides:
-            raise UnsupportedError(
-                f"sample {row} has {count} vision tokens and no text after them, so no question can guide the pruning; "
-                "put the question after the image, pass image and question in one call (no chunked prefill), or run "
-                "this call inside adaptinfer.disabled(model)"
-            )
-    return PromptLayout(vision, text, real, vision_counts, text_counts, real_counts)
+    counts = torch.stack([vision.sum(dim=1), (found & ~guided).sum(dim=1), text.sum(dim=1), real_count]).tolist()
+    return PromptLayout(vision, text, real, *(tuple(row) for row in counts))
 
 
 def rectangle(mask: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from adaptinfer.functional import attention_rows, gather_tokens
 
-__all__ = ["StageView", "rows_of_mask"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["StageView"]
 
 _LARGEST = 2**24  # float32 entries of the attention that is held at once, 64 MiB; always at least one key/value head's
 
@@ -22,25 +25,34 @@ class StageView:
 
     Attributes:
         layer: the decoder layer, from 0.
-        query: [B, H, N, D] after rotary embedding; N tokens entered the layer.
+        query: [B, H, N, D] after rotary embedding; N tokens entered the layer. Under tensor parallelism H and K are
+            this rank's heads.
         key: [B, K, P + N, D] after rotary embedding; P entries were in the layer's cache before.
-        mask: the layer's own mask for these queries, [B, 1, N, P + N] (bool or additive), None if plainly causal.
+        visible: what some query rows may see: int64 [B, n] -> [B, 1, n, P + N], bool (True = attend) or additive. The
+            layer's own mask, whatever its kind.
         scaling: the layer's factor on the dot products.
+        softcap: the layer's bound on the logits (cap · tanh(logit / cap)); None without one.
         text_index: int64 [B, T], the guiding text tokens among the N.
         text_mask: bool [B, T], False where a row of the batch has fewer; None if none has.
         vision_index: int64 [B, V], the vision tokens among the N.
         vision_mask: bool [B, V] likewise.
+        total: sums a tensor over the ranks of tensor parallelism, [..] -> [..]; does nothing on one rank. A score that
+            adds up heads must pass through it, or ranks would choose different tokens.
+        all_heads: H over all ranks.
     """
 
     layer: int
     query: Tensor
     key: Tensor
-    mask: Tensor | None
+    visible: Callable[[Tensor], Tensor]
     scaling: float
+    softcap: float | None
     text_index: Tensor
     text_mask: Tensor | None
     vision_index: Tensor
     vision_mask: Tensor | None
+    total: Callable[[Tensor], Tensor]
+    all_heads: int
 
     @property
     def past(self) -> int:
@@ -69,8 +81,7 @@ class StageView:
     def text_attention(self) -> Tensor:
         """Post-softmax attention of the text rows over all keys, float32 [B, H, T, P + N]."""
         rows = gather_tokens(self.query, self.text_index, dim=2)
-        mask = rows_of_mask(self.mask, self.text_index, self.past, self.key.shape[2])
-        return attention_rows(rows, self.key, self.scaling, mask)
+        return attention_rows(rows, self.key, self.scaling, self.visible(self.text_index), self.softcap)
 
     @cached_property
     def text_to_text(self) -> Tensor:
@@ -81,20 +92,3 @@ class StageView:
     def text_to_vision(self) -> Tensor:
         """Attention of the text rows to the vision tokens, float32 [B, H, T, V]."""
         return gather_tokens(self.text_attention, self.past + self.vision_index, dim=3)
-
-
-def rows_of_mask(mask: Tensor | None, rows: Tensor, past: int, columns: int) -> Tensor:
-    """The mask of some query rows.
-
-    Args:
-        mask: [B or 1, 1, N, L] or None for a plainly causal layer.
-        rows: int64 [B, n], the wanted rows among the N.
-        past: cached entries before the N new ones.
-        columns: L.
-
-    Returns:
-        [B, 1, n, L]; bool (True = attend) where ``mask`` is None, else as ``mask``.
-    """
-    if mask is not None:
-        return gather_tokens(mask, rows, dim=2)
-    return (torch.arange(columns, device=rows.device) <= rows[..., None] + past)[:, None]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
+
 from adaptinfer.functional import combine_sums, text_guided_sums
 from adaptinfer.pruners.base import Pruner, PrunerError
 from adaptinfer.schedule import preset
@@ -51,5 +53,8 @@ class AdaptInfer(Pruner):
 
     def score(self, view: StageView) -> Tensor:
         parts = [text_guided_sums(part.text_to_text, part.text_to_vision, view.text_mask) for part in view.by_heads()]
+        needed = 1 if self.prior_weight == 1.0 else 3  # each is one message between the ranks of tensor parallelism
+        sums = [torch.stack(each).sum(dim=0) for each in zip(*parts, strict=True)]
+        sums = [view.total(each) for each in sums[:needed]] + sums[needed:]
         rows = view.text_index.shape[1] if view.text_mask is None else view.text_mask.sum(dim=1)
-        return combine_sums(parts, view.query.shape[1], rows, self.prior_weight)
+        return combine_sums(sums, view.all_heads, rows, self.prior_weight)

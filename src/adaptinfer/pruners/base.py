@@ -10,6 +10,7 @@ from adaptinfer.errors import AdaptInferError
 from adaptinfer.schedule import Schedule, solve
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -67,8 +68,13 @@ class Pruner(ABC):
             [B, V], aligned with ``view.vision_index``; entries outside ``view.vision_mask`` are ignored.
         """
 
-    def plan(self, num_layers: int, vision_tokens: int) -> Schedule:
-        """The schedule for a prompt with that many vision tokens; a function of these two counts alone.
+    def plan(self, num_layers: int, vision_tokens: int, scoring: Sequence[int] | None = None) -> Schedule:
+        """The schedule for a prompt with that many vision tokens; a function of these counts alone.
+
+        Args:
+            num_layers: depth of the model.
+            vision_tokens: in the prompt.
+            scoring: layers in which a stage may sit; None for all.
 
         Raises:
             ScheduleError: the budget cannot be met, or the schedule is for a model of another depth.
@@ -77,7 +83,7 @@ class Pruner(ABC):
             self.schedule.check(num_layers)
             return self.schedule
         assert self.budget is not None
-        return solve(self.budget, num_layers, vision_tokens)
+        return solve(self.budget, num_layers, vision_tokens, possible=scoring)
 
     def __call__(self, model: Any) -> Handle:
         """Attach to a model for the length of a ``with`` block: ``with pruner(model) as handle: ...``."""
