@@ -7,13 +7,17 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-full lint bench clean
 
 demo: $(READY)
 	@mkdir -p build
 	$(BIN)/adaptinfer ask examples/scene.png "What colour is the star?" --budget 0.33 --compare --overlay build/demo.png
 
 test: $(READY)
+	$(BIN)/python -m pytest -n 2 -m "not full and not slow and not gpu"
+
+# The whole matrix of families, caches, backends and ways to decode; some 20 minutes on two cores.
+test-full: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
 lint: $(READY)

@@ -10,6 +10,7 @@ import oracle as slow
 import pytest
 import tiny
 import torch
+import zoo
 from oracle import Oracle, grown
 from transformers import DynamicCache, GenerationConfig
 
@@ -362,3 +363,40 @@ def test_scores_stay_float32_under_autocast(models):
         assert all(stage.scores.dtype == torch.float32 for stage in handle.report.stages)
         scores = handle.report.scores[0][0]
         assert len(scores.unique()) == len(scores)
+
+
+def test_a_video_of_thousands_of_tokens():
+    """Too many for an oracle that holds attention; so the kept positions are believed, and the rest is checked."""
+    model = zoo.SETUPS["qwen2_5_vl"].build("sdpa")
+    prompt = zoo.simple("qwen2_5_vl", video=True, grid=(18, 24, 24))
+    inputs = zoo.batch("qwen2_5_vl", [prompt])
+    count = zoo.vision_tokens("qwen2_5_vl", prompt)
+    assert count == 18 * 24 * 24 // 4 > 2500
+    with attach(model, AdaptInfer(budget=0.25)) as handle, torch.no_grad():
+        logits = model(**inputs).logits
+        report = handle.report
+    vision = torch.isin(inputs["input_ids"], torch.tensor([tiny.IMAGE, tiny.VIDEO]))
+    alive, hooks = {}, []
+    for stage, (kept,) in zip(report.stages, report.kept, strict=True):
+        alive[stage.layer] = ~vision
+        alive[stage.layer][0, kept] = True
+    length = vision.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+
+    def hook_for(number):
+        def hook(module, args, kwargs):
+            behind = [layer for layer in alive if layer < number]
+            seen = causal[None, None] & alive[max(behind)][:, None, None, :] if behind else causal[None, None]
+            return args, {**kwargs, "attention_mask": seen}
+
+        return hook
+
+    for number, layer in enumerate(model.get_decoder().layers):
+        hooks.append(layer.register_forward_pre_hook(hook_for(number), with_kwargs=True))
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    for hook in hooks:
+        hook.remove()
+    survivors = alive[max(alive)]
+    torch.testing.assert_close(logits[survivors], expected[survivors], atol=1e-5, rtol=0)
+    assert report.true_average[0] == pytest.approx(count / 4, rel=0.01)

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from transformers import CLIPVisionModel, DynamicCache, LlamaConfig, LlamaForCausalLM
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import DynamicLayer
 
 import adaptinfer
 from adaptinfer import AdaptInfer, PrunerError, Random, Schedule, ScheduleError, Stage, UnsupportedError, attach
@@ -60,11 +60,11 @@ def test_ways_of_generating(attached, inputs, message, options):
 
 
 def test_a_foreign_cache_layer(attached, inputs):
-    class OddLayer(StaticLayer):
+    class OddLayer(DynamicLayer):
         """Stores who knows what."""
 
     cache = DynamicCache()
-    cache.layers.append(OddLayer(max_cache_len=100))
+    cache.layers.append(OddLayer())
     refuses(attached, "a cache with OddLayers", lambda: attached.generate(**inputs, max_new_tokens=3, cache=cache))
     refuses(attached, "a cache with OddLayers", lambda: attached(**inputs, cache=cache))
 

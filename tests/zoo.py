@@ -689,7 +689,7 @@ _add_paligemma(
     model_type="gemma2",
     sliding_window=WINDOW,
     query_pre_attn_scalar=16,
-    attn_logit_softcapping=50.0,
+    attn_logit_softcapping=1.0,  # so low that it matters
     final_logit_softcapping=30.0,
 )
 

@@ -8,10 +8,10 @@ import inspect
 import operator
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import AttentionInterface
@@ -20,10 +20,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from adaptinfer.engine.cache import cache_argument, check_cache, kv_bytes, seen_by
 from adaptinfer.engine.families import attention_of, family_of, is_flash
 from adaptinfer.engine.forward import ACTIVE, Forward, decoding_inputs
-from adaptinfer.engine.guards import arguments_of, check_forward, check_generate, check_ids, check_labels, check_mask
+from adaptinfer.engine.guards import (
+    arguments_of,
+    check_flash,
+    check_forward,
+    check_generate,
+    check_ids,
+    check_labels,
+    check_mask,
+    prompt_length,
+)
 from adaptinfer.engine.layout import PromptLayout, read_layout
 from adaptinfer.engine.masks import real_tokens
-from adaptinfer.engine.parallel import sum_over_ranks
+from adaptinfer.engine.parallel import Ranks
 from adaptinfer.engine.report import Report
 from adaptinfer.errors import AdaptInferError, UnsupportedError
 from adaptinfer.functional import gather_tokens, scatter_tokens
@@ -40,8 +49,14 @@ _HANDLE = "_adaptinfer_handle"
 _ATTENTION = "adaptinfer"
 _DISABLED: ContextVar[frozenset[int]] = ContextVar("adaptinfer_disabled", default=frozenset())
 _PROMPTS: ContextVar[dict[int, int]] = ContextVar("adaptinfer_prompts", default={})  # noqa: B039 (never changed in place)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _OUTPUT = ("o_proj", "out_proj", "dense", "wo")
 _MLP = ("mlp", "feed_forward", "block_sparse_moe")
+
+
+def _outside_graphs(function: _Function) -> _Function:
+    """Keep a function out of compiled graphs: it reads state of the call, which a graph would take for a constant."""
+    return torch.compiler.disable(function)  # pyright: ignore
 
 
 def attach(model: Any, pruner: Pruner, *, early_drop: bool = True) -> Handle:
@@ -111,7 +126,7 @@ class Handle:
         self._model: Any = model
         self._base: Any = model.base_model
         self._decoder: Any = model.get_decoder()
-        self._total = sum_over_ranks(model)
+        self._ranks = Ranks(model)
         self._shape = ModelShape.from_config(model.config)
         self._call_names = list(inspect.signature(self._decoder.layers[0].forward).parameters)
         self._plans: dict[int, Schedule] = {}
@@ -197,7 +212,7 @@ class Handle:
 
     def _install(self) -> None:
         self._before(self._model, self._check_call)
-        self._after(self._decoder, self._restore_length)
+        self._after(self._decoder, functools.partial(_unless_decoded, self._restore_length))
         AttentionInterface.register(_ATTENTION, _attention_in_stage)
         for number, layer in enumerate(self._decoder.layers):
             self._before(layer, functools.partial(self._enter_layer, number))
@@ -217,8 +232,8 @@ class Handle:
         if hasattr(self._model, "generate"):
             self._override(self._model, "generate", self._guarded(self._model.generate))
 
-    def _before(self, module: nn.Module, hook: Any) -> None:
-        self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    def _before(self, module: nn.Module, hook: Any, first: bool = False) -> None:
+        self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first))
 
     def _after(self, module: nn.Module, hook: Any) -> None:
         self._hooks.append(module.register_forward_hook(hook))
@@ -235,8 +250,9 @@ class Handle:
                 parts = [getattr(attention_of(layer), name, None) for name in _OUTPUT]
                 parts += [getattr(layer, name, None) for name in _MLP]
                 for module in filter(None, parts):
-                    self._before(module, functools.partial(self._drop_rows, number))
-                    self._after(module, functools.partial(self._restore_rows, number))
+                    # Around all other hooks: those of tensor parallelism turn tensors into distributed ones and back.
+                    self._before(module, functools.partial(_unless_decoding, self._drop_rows, number), first=True)
+                    self._after(module, functools.partial(_unless_decoding, self._restore_rows, number))
                 self._hooked_stages.add(number)
 
     def _within_forward(self, run: Any) -> Any:
@@ -244,15 +260,17 @@ class Handle:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling() and _is_one_token(arguments_of(run, args, kwargs)):
                 return run(*args, **kwargs)  # a compiled decoding step: the cache layers know all that is needed
-            return outside_graph(*args, **kwargs)
+            return eagerly(*args, **kwargs)
 
-        @torch.compiler.disable
-        def outside_graph(*args: Any, **kwargs: Any) -> Any:
+        @_outside_graphs
+        def eagerly(*args: Any, **kwargs: Any) -> Any:
             with self._call() as attached:
                 if not attached:  # somebody kept this function beyond detach
                     return run(*args, **kwargs)
                 self._thread.expected = False
                 state = self._begin(arguments_of(run, args, kwargs))
+                if state is not None and state.prunes and "logits_to_keep" in kwargs and self._cuts_early():
+                    kwargs["logits_to_keep"] = 0
                 token = ACTIVE.set(state)
                 try:
                     output = run(*args, **kwargs)
@@ -264,6 +282,14 @@ class Handle:
 
         return forward
 
+    def _cuts_early(self) -> bool:
+        """Whether the model would go on with the last `logits_to_keep` survivors, and these may not be the last tokens.
+
+        Layers without keys of their own (Gemma 4) are given no more than these. `generate` asks for the newest token,
+        and for guesses, none of which are ever dropped; a plain forward may ask for any. The head cuts once more.
+        """
+        return bool(self._family.sources) and id(self) not in _PROMPTS.get()
+
     def _guarded(self, generate: Any) -> Any:
         @functools.wraps(generate)
         def checked(*args: Any, **kwargs: Any) -> Any:
@@ -272,8 +298,8 @@ class Handle:
                     return generate(*args, **kwargs)
                 arguments = arguments_of(generate, args, kwargs)
                 check_generate(self._model, arguments)
-                ids = arguments.get("input_ids", arguments.get("inputs"))
-                prompts = {} if ids is None else {id(self): ids.shape[1]}
+                length = prompt_length(arguments)
+                prompts = {} if length is None else {id(self): length}
                 token = _PROMPTS.set({**_PROMPTS.get(), **prompts})
                 try:
                     return generate(*args, **kwargs)
@@ -286,8 +312,9 @@ class Handle:
         """Qwen3-VL adds vision features behind its first layers, by a mask of the whole prompt."""
 
         @functools.wraps(process)
+        @_outside_graphs
         def add(hidden: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
-            forward = None if torch.compiler.is_compiling() else self._active()
+            forward = self._active()
             if forward is None or forward.segment is None:
                 return process(hidden, visual_pos_masks, visual_embeds)
             features = hidden.new_zeros(*visual_pos_masks.shape, hidden.shape[-1])
@@ -317,7 +344,7 @@ class Handle:
         return id(self) in _DISABLED.get()
 
     def _active(self) -> Forward | None:
-        forward = ACTIVE.get()
+        forward = None if torch.compiler.is_compiling() else ACTIVE.get()
         return forward if forward is not None and forward.owner is self else None
 
     # -- hooks, in the order in which a forward meets them ----------------------------------------------------------
@@ -341,6 +368,7 @@ class Handle:
         # Static caches count on the device; reading that waits for it, and one new token can do without.
         past: int | None = seen if isinstance(seen, int) else None if length == 1 else int(seen)
         decoding = past is None or (past > 0 and (length == 1 or (total is not None and past >= total)))
+        flash = is_flash(self._model.config.get_text_config()._attn_implementation)
         layout, stages, prompt = None, {}, length
         if ids is not None and not off and not decoding:
             assert past is not None
@@ -352,13 +380,14 @@ class Handle:
             stages = self._stages(layout)
             if stages:
                 check_forward(self._model, arguments)
+                if flash:
+                    check_flash(self._family.sources, stages)
                 if cache is not None:
                     check_cache(cache)
                 if self.early_drop:
                     self._hook_stages(stages)
-        flash = is_flash(self._model.config.get_text_config()._attn_implementation)
         return Forward(
-            self, self._family, self.pruner, past, length, prompt, layout, stages, self.early_drop, self._total, flash
+            self, self._family, self.pruner, past, length, prompt, layout, stages, self.early_drop, self._ranks, flash
         )
 
     def _stages(self, layout: PromptLayout) -> dict[int, tuple[int, ...]]:
@@ -384,34 +413,38 @@ class Handle:
         return stages
 
     def _enter_layer(self, layer: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self._enter_compiled(layer, args, kwargs)
+        named = {**dict(zip(self._call_names, args, strict=False)), **kwargs}
+        hidden = named.pop("hidden_states")
+        if torch.compiler.is_compiling() and hidden.shape[1] == 1:
+            changed = self._decoding_inputs(layer, hidden, named)
+        else:
+            hidden, changed = self._prefill_inputs(layer, hidden, named)
+        return ((hidden,), {**named, **changed}) if args else (args, {**named, **changed, "hidden_states": hidden})
+
+    def _decoding_inputs(self, layer: int, hidden: Tensor, named: dict[str, Any]) -> dict[str, Any]:
+        """Of a call without a `Forward`: a decoding step in a compiled graph, or the decoder called by itself."""
+        backend = self._model.config.get_text_config()._attn_implementation
+        return decoding_inputs(self._family, layer, hidden, named, is_flash(backend))
+
+    @_outside_graphs
+    def _prefill_inputs(self, layer: int, hidden: Tensor, named: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         forward = self._active()
         if forward is None:
-            if getattr(self._thread, "expected", False):
+            if hidden.shape[1] > 1 and getattr(self._thread, "expected", False):
                 self._thread.expected = False
                 raise AdaptInferError(
                     f"{type(self._base).__name__}.forward was replaced while a pruner is attached, so nothing would be "
                     "pruned; detach before you change it, and attach again"
                 )
-            return None
-        named = {**dict(zip(self._call_names, args, strict=False)), **kwargs}
-        hidden = named.pop("hidden_states")
+            return hidden, self._decoding_inputs(layer, hidden, named)
         if forward.length != hidden.shape[1] and layer == 0:
             raise UnsupportedError(
                 f"{hidden.shape[1]} tokens reach the decoder where the prompt has {forward.length}: the model does not "
                 "put its vision tokens in place of as many placeholder ids, so they cannot be told from text"
             )
-        hidden, changed = forward.enter(layer, hidden, named)
-        return ((hidden,), {**named, **changed}) if args else (args, {**named, **changed, "hidden_states": hidden})
+        return forward.enter(layer, hidden, named)
 
-    def _enter_compiled(self, layer: int, args: Any, kwargs: Any) -> Any:
-        """A decoding step inside a compiled graph: the same masks and positions from the cache layers alone."""
-        named = {**dict(zip(self._call_names, args, strict=False)), **kwargs}
-        hidden = named.pop("hidden_states")
-        changed = decoding_inputs(self._family, layer, hidden, named)
-        return ((hidden,), {**named, **changed}) if args else (args, {**named, **changed, "hidden_states": hidden})
-
+    @_outside_graphs
     def _drop_rows(self, layer: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         rows = self._rows_going_on(layer)
         if rows is None:
@@ -424,6 +457,7 @@ class Handle:
 
         return tuple(map(pick, args)), {name: pick(value) for name, value in kwargs.items()}
 
+    @_outside_graphs
     def _restore_rows(self, layer: int, module: nn.Module, args: Any, output: Any) -> Any:
         rows = self._rows_going_on(layer)
         forward = self._active()
@@ -441,11 +475,12 @@ class Handle:
         return (restore(output[0]), *output[1:]) if isinstance(output, tuple) else restore(output)
 
     def _rows_going_on(self, layer: int) -> Tensor | None:
-        forward = None if torch.compiler.is_compiling() else self._active()
+        forward = self._active()
         return None if forward is None else forward.dropping(layer)
 
+    @_outside_graphs
     def _restore_length(self, module: nn.Module, args: Any, output: Any) -> Any:
-        forward = None if torch.compiler.is_compiling() else self._active()
+        forward = self._active()
         if forward is None or forward.segment is None:
             return None
         if isinstance(output, tuple):
@@ -491,6 +526,18 @@ def _is_one_token(arguments: dict[str, Any]) -> bool:
     return new is not None and new.shape[1] == 1
 
 
+def _unless_decoding(hook: Any, layer: int, module: nn.Module, args: Any, *rest: Any) -> Any:
+    """Keep a hook that a decoding step does not need out of its compiled graph."""
+    decoding = torch.compiler.is_compiling() and args[0].shape[-2] == 1
+    return None if decoding else hook(layer, module, args, *rest)
+
+
+def _unless_decoded(hook: Any, module: nn.Module, args: Any, output: Any) -> Any:
+    """The same for a hook behind the decoder."""
+    decoding = torch.compiler.is_compiling() and output[0].shape[1] == 1
+    return None if decoding else hook(module, args, output)
+
+
 class _Original:
     """An attention module as it was before its config was tapped, for backends that look into the config."""
 
@@ -510,7 +557,24 @@ def _attention_in_stage(
         attend, caller = sys.modules[type(module).__module__].eager_attention_forward, module  # pyright: ignore
     else:
         attend, caller = ALL_ATTENTION_FUNCTIONS[backend], module if backend == "sdpa" else _Original(module)
-    forward = None if torch.compiler.is_compiling() else ACTIVE.get()
+    if torch.compiler.is_compiling() and query.shape[2] == 1:
+        return attend(caller, query, key, value, attention_mask, **kwargs)
+    return _attention_of_call(attend, caller, backend, module, query, key, value, attention_mask, kwargs)
+
+
+@_outside_graphs
+def _attention_of_call(
+    attend: Any,
+    caller: Any,
+    backend: str,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    forward = ACTIVE.get()
     # Another model may run inside a forward of this one, so the layer's number alone does not tell.
     if forward is None or forward.owner is not module.config.adaptinfer_owner:
         return attend(caller, query, key, value, attention_mask, **kwargs)

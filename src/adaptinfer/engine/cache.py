@@ -41,7 +41,8 @@ __all__ = [
 ]
 
 _QUANTIZED = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)  # pyright: ignore
-_NEW_STATIC = "cumulative_length" in getattr(StaticLayer, "__annotations__", {})  # transformers >= 5.5
+# Since transformers 5.5 static layers count by themselves; before, the model passed positions, of dropped tokens too.
+_NEW_STATIC = hasattr(StaticLayer(max_cache_len=1), "cumulative_length")
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,16 @@ class Keys:
     valid: Tensor | None
     room: bool = False
 
+    def first(self, count: int) -> Keys:
+        """The first ``count`` columns."""
+        return replace(
+            self, columns=self.columns[:, :count], valid=None if self.valid is None else self.valid[:, :count]
+        )
+
 
 class Pruned(_Layer):
-    """Mixed into a cache layer class: fewer entries than tokens seen."""
+    """Mixed into a cache layer class: fewer entries than tokens seen. Without a history (after a reset, until it is
+    pruned again) it behaves as that class does."""
 
     history: History | None = None
 
@@ -171,7 +179,9 @@ class Pruned(_Layer):
 
     def _to_remove(self, tokens: int) -> int:
         """Newest tokens to forget (a negative count; older transformers pass the positive length to keep)."""
-        seen = self.get_seq_length()
+        if not tokens:
+            return 0  # static layers count on the device: reading that waits for it
+        seen = int(self.get_seq_length())
         remove = max(0, seen - tokens) if tokens > 0 else -tokens
         if remove and self.history is not None and seen - remove < self.history.length:
             raise UnsupportedError(
@@ -238,7 +248,7 @@ class _PrunedStatic(Pruned, _Static):
     def reset(self) -> None:
         super().reset()
         self.is_initialized, self.keys, self.values = False, None, None
-        self.capacity, self.columns = self.total, None
+        self.capacity, self.columns = self.max_cache_len, None
 
     def _take(self, indices: Tensor) -> None:
         super()._take(indices)
@@ -250,7 +260,7 @@ class PrunedStaticLayer(_PrunedStatic, StaticLayer):
     """A static layer; the tensor ``cumulative_length`` counts held entries."""
 
     def crop(self, tokens_to_remove: int) -> None:
-        StaticLayer.crop(self, tokens_to_remove)
+        StaticLayer.crop(self, -self._to_remove(tokens_to_remove))
 
     def get_seq_length(self) -> Any:
         return self.cumulative_length + self.dropped if self.is_initialized else 0
@@ -267,6 +277,8 @@ class PrunedStaticSlidingLayer(_PrunedStatic, StaticSlidingWindowLayer):
         super().hold(history)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.history is None:
+            return StaticSlidingWindowLayer.update(self, key_states, value_states, *args, **kwargs)
         self.cumulative_length_int += key_states.shape[-2]
         return StaticLayer.update(self, key_states, value_states, *args, **kwargs)
 
@@ -274,7 +286,7 @@ class PrunedStaticSlidingLayer(_PrunedStatic, StaticSlidingWindowLayer):
         return self.cumulative_length_int
 
     def crop(self, tokens_to_remove: int) -> None:
-        StaticSlidingWindowLayer.crop(self, tokens_to_remove)
+        StaticSlidingWindowLayer.crop(self, -self._to_remove(tokens_to_remove))
 
 
 _TWINS: dict[type, type] = {
@@ -318,7 +330,7 @@ def check_cache(cache: Any, pruning: bool = True) -> None:
         kinds = [type(layer) for layer in layers if isinstance(layer, cache_utils.CacheLayerMixin)]
         replicate = getattr(cache, "layer_class_to_replicate", None)
         odd = [kind for kind in [*kinds, *([replicate] if replicate else [])] if _twin(kind) is None]
-        if odd and issubclass(odd[0], StaticLayer) and not _NEW_STATIC:
+        if odd and odd[0] in (StaticLayer, StaticSlidingWindowLayer):
             raise UnsupportedError(
                 "static caches need transformers 5.5 or newer; leave cache_implementation unset, or update transformers"
             )
@@ -340,7 +352,7 @@ def _check_static_windows(layers: list[Any], windows: list[Any]) -> None:
             "leave cache_implementation unset (a dynamic cache holds no more than the window), or use "
             "adaptinfer.disabled(model)"
         )
-    if any(not isinstance(layer, Pruned) and layer.cumulative_length_int for layer in windows):
+    if any(getattr(layer, "history", None) is None and layer.cumulative_length_int for layer in windows):
         raise UnsupportedError(
             "an image in a later turn on a static cache with sliding windows is not supported; use a DynamicCache, or "
             "put the image into the first turn"
@@ -375,15 +387,23 @@ def seen_by(cache: Any, layer: int = 0) -> Any:
     return 0 if cache is None else cache.get_seq_length()
 
 
-def mask_offset(cache: Any, layer: int) -> int:
-    """Logical position of the first column of the mask that the model makes for a layer, before its update."""
+def mask_offset(cache: Any, layer: int, taken_up: int = 0) -> int:
+    """Logical position of the first column of the mask that the model makes for a layer, before its update.
+
+    Args:
+        cache: None without one.
+        layer: its number.
+        taken_up: how many of the call's tokens the layer has stored already.
+    """
     layers = getattr(cache, "layers", ())
     held = layers[layer] if layer < len(layers) else None
     if held is None or not getattr(held, "is_sliding", False):
         return 0
     if isinstance(held, StaticSlidingWindowLayer):
-        return max(held.cumulative_length_int - held.max_cache_len + 1, 0)
-    return max(held.cumulative_length - held.sliding_window + 1, 0)
+        seen, window = held.cumulative_length_int, held.max_cache_len
+    else:
+        seen, window = held.cumulative_length, held.sliding_window
+    return max(seen - taken_up - window + 1, 0)
 
 
 def keys_of(cache: Any, layer: int, history: History, seen: int | None, new: int, held: int) -> tuple[int, int] | Keys:
@@ -407,8 +427,7 @@ def keys_of(cache: Any, layer: int, history: History, seen: int | None, new: int
     total = seen + new - history.dropped
     if not isinstance(storage, PrunedSlidingLayer):
         return 0, total
-    stored = storage.keys.shape[-2] if storage.is_initialized and storage.keys is not None else 0
-    count = min(stored, storage.sliding_window - 1) + held
+    count = min(total - held, storage.sliding_window - 1) + held
     return total - count, count
 
 

@@ -244,7 +244,9 @@ def _probe(model: Any, family: Family) -> None:
     decoder, layers = model.get_decoder(), model.get_decoder().layers
     weight = next(decoder.parameters())
     width = model.config.get_text_config().hidden_size
-    embeddings = torch.zeros(1, 4, width, dtype=weight.dtype, device=weight.device)
+    # Offloaded weights are away until their layer runs; accelerate takes the embeddings to wherever that is.
+    here = next((part.device for part in decoder.parameters() if part.device.type != "meta"), torch.device("cpu"))
+    embeddings = torch.zeros(1, 4, width, dtype=weight.dtype, device=here)
     seen: list[str] = []
 
     def watch(number: int) -> Any:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from adaptinfer.engine.families import Family
+    from adaptinfer.engine.parallel import Ranks
     from adaptinfer.pruners.base import Pruner
 
 __all__ = ["ACTIVE", "Forward", "Segment"]
@@ -62,6 +63,13 @@ class Segment:
     vision: Tensor
     text: Tensor
 
+    def to(self, device: torch.device) -> Segment:
+        """The same on the device of a later layer, should accelerate have put that elsewhere."""
+        if self.index.device == device:
+            return self
+        parts = (self.index, self.relative, self.valid, self.vision, self.text)
+        return Segment(self.layer, *(part if part is None else part.to(device) for part in parts))  # pyright: ignore
+
 
 class Forward:
     """State of one call. ``stages`` maps a layer to the vision tokens that each sample keeps behind it."""
@@ -77,7 +85,7 @@ class Forward:
         layout: PromptLayout | None,
         stages: dict[int, tuple[int, ...]],
         early_drop: bool,
-        total: Callable[[Tensor], Tensor],
+        ranks: Ranks,
         flash: bool,
     ) -> None:
         """Args:
@@ -92,11 +100,16 @@ class Forward:
         self.cache: Any = None
         self.segment: Segment | None = None
         self.upcoming: Segment | None = None
-        self._family, self._pruner, self._early_drop, self._total = family, pruner, early_drop, total
+        self._family, self._pruner, self._early_drop, self._ranks = family, pruner, early_drop, ranks
         self._stages, self._prompt, self._flash = stages, prompt, flash
         self._counts = layout.vision_counts if layout else ()
         self._memo: dict[Any, Any] = {}
-        self._read_by: dict[int, tuple[History, Any]] = {}
+        self._read_by: dict[int, tuple[History, Any, Segment | None]] = {}
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any stage drops a token."""
+        return bool(self._stages)
 
     # -- inside a pruning layer -------------------------------------------------------------------------------------
 
@@ -136,6 +149,7 @@ class Forward:
             vision, text, valid = layout.vision.to(device), layout.text.to(device), layout.real
             valid = None if valid is None else valid.to(device)
         else:
+            segment = segment.to(device)
             vision, text, valid = segment.vision, segment.text, segment.valid
         keeps = self._stages[layer]
         text_index, text_mask = rectangle(text, layout.text_counts)
@@ -157,7 +171,7 @@ class Forward:
             text_mask=text_mask,
             vision_index=vision_index,
             vision_mask=vision_mask,
-            total=self._total,
+            total=self._ranks.total(query.shape[1], self._family.heads),
             all_heads=self._family.heads,
         )
         score = self._pruner.score(view)
@@ -233,7 +247,7 @@ class Forward:
             if cache is not None:
                 hold(cache, layer, before)
         if source != layer:  # it reads the keys of an earlier layer, which may have been given more
-            after, span = self._read_by[source]
+            after, span, given_to_source = self._read_by[source]
         else:
             offset = mask_offset(cache, layer)
             after = before if segment is None else self._history_after(segment, before)
@@ -242,8 +256,10 @@ class Forward:
                 hold(cache, layer, after)
             held = self.length if segment is None else segment.index.shape[1]
             span = (offset, keys_of(cache, layer, after, self.past, self.length, held))
-            self._read_by[layer] = after, span
-        return hidden, self._inputs(before, after, span, hidden, kwargs)
+            self._read_by[layer] = after, span, segment
+            given_to_source = segment
+        newest = given_to_source is segment  # else its queries are some of its newest keys only
+        return hidden, self._inputs(layer, before, after, span, newest, hidden, kwargs)
 
     def restore_length(self, hidden: Tensor) -> Tensor:
         """Hidden states of the survivors at their own places in the full prompt, zeros elsewhere: [B, N, d]."""
@@ -291,13 +307,20 @@ class Forward:
             shift = None
             if self._pruner.positions == "compact":
                 shift = self._dropped_before(segment)[:, self._prompt - 1 : self._prompt]
-                shift = shift if before is None or before.shift is None else shift + before.shift
+                shift = shift if before is None or before.shift is None else shift + before.shift.to(shift.device)
             return History(columns, valid, end, shift)
 
         return self._remembered(("history",), make, segment, before)
 
     def _inputs(
-        self, before: History | None, after: History, span: tuple[int, Any], hidden: Tensor, kwargs: dict[str, Any]
+        self,
+        layer: int,
+        before: History | None,
+        after: History,
+        span: tuple[int, Any],
+        newest: bool,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         offset, keys = span
         segment, mask = self.segment, kwargs.get("attention_mask")
@@ -309,10 +332,13 @@ class Forward:
 
         def make() -> dict[str, Any]:
             columns = keys if isinstance(keys, Keys) else after.entries(*keys)
+            if self._flash and columns.room and self.past is not None:
+                # Whether its queries are padding, FlashAttention reads from the last columns: no room behind them.
+                columns = columns.first(self.past + self.length - after.dropped)
             inputs: dict[str, Any] = {}
             if "attention_mask" in kwargs:
-                positions = self._positions(index, given, hidden)
-                inputs["attention_mask"] = layer_mask(mask, rows, columns, offset, positions, self._flash)
+                positions = self._positions(layer, index, given, hidden) if mask is None else None
+                inputs["attention_mask"] = layer_mask(mask, rows, columns, offset, positions, self._flash, newest)
             numbers = kwargs.get("position_ids")
             if numbers is not None and index is not None:
                 numbers = gather_tokens(numbers, index, dim=numbers.ndim - 1, batch_dim=numbers.ndim - 2)
@@ -328,7 +354,7 @@ class Forward:
 
         operands = (segment, before, after, mask, kwargs.get("position_embeddings"))
         entries, shared = (None, keys) if isinstance(keys, Keys) else (keys, None)
-        inputs = self._remembered(("inputs", entries, offset, cut), make, *operands, shared)
+        inputs = self._remembered(("inputs", entries, offset, cut, newest), make, *operands, shared)
         return {**inputs, **self._token_inputs(rows, given, kwargs)}
 
     def _rotated(self, rows: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -361,12 +387,13 @@ class Forward:
             )
         return inputs
 
-    def _positions(self, index: Tensor | None, given: int, hidden: Tensor) -> Tensor:
+    def _positions(self, layer: int, index: Tensor | None, given: int, hidden: Tensor) -> Tensor:
         """Logical positions of the tokens given to a layer, int64 [B or 1, n]."""
-        past = self.past or 0
+        if self.past is None:
+            return _seen_before(self.cache, layer, self._family.key_source(layer), 1).view(1, 1)
         if index is not None:
-            return past + index
-        return torch.arange(past + self.length - given, past + self.length, device=hidden.device)[None]
+            return self.past + index
+        return torch.arange(self.past + self.length - given, self.past + self.length, device=hidden.device)[None]
 
     def _position_shift(self, before: History | None) -> Tensor | None:
         """How far compact positions lie below the original ones, [B, n] or [B, 1]; None to keep positions."""
@@ -374,7 +401,7 @@ class Forward:
         segment = self.segment
         if segment is not None and self._pruner.positions == "compact":
             within = self._dropped_before(segment).gather(1, segment.index)
-            shift = within if shift is None else within + shift
+            shift = within if shift is None else within + shift.to(within.device)
         return shift
 
     def _dropped_before(self, segment: Segment) -> Tensor:
@@ -385,14 +412,15 @@ class Forward:
         return (vision & ~alive).cumsum(dim=1)
 
 
-def decoding_inputs(family: Family, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What changes for a layer that is given one new token, told from its cache layer alone, so that it can be traced.
+def decoding_inputs(family: Family, layer: int, hidden: Tensor, kwargs: dict[str, Any], flash: bool) -> dict[str, Any]:
+    """What changes for a layer that is given all new tokens, told from its cache layer alone, so that it can be traced.
 
     Args:
         family: of the model.
         layer: its number.
-        hidden: [B, 1, d].
+        hidden: [B, n, d].
         kwargs: the layer's keyword arguments.
+        flash: whether FlashAttention reads the mask.
     """
     cache = cache_argument(kwargs)
     source = family.key_source(layer)
@@ -400,18 +428,22 @@ def decoding_inputs(family: Family, layer: int, hidden: Tensor, kwargs: dict[str
     if history is None:
         return {}
     changed: dict[str, Any] = {}
-    storage = cache.layers[source]
-    past = storage.get_seq_length()
-    if source != layer:
-        past = past - 1  # that layer has taken up the token already
-    keys = keys_of(cache, source, history, past, 1, 1)
+    new = hidden.shape[1]
+    past = _seen_before(cache, layer, source, new)
+    keys = keys_of(cache, source, history, past, new, new)
     keys = keys if isinstance(keys, Keys) else history.entries(*keys)
     if "attention_mask" in kwargs:
-        positions = torch.full((1, 1), past, device=hidden.device) if isinstance(past, int) else past.view(1, 1)
-        mask = kwargs["attention_mask"]
-        changed["attention_mask"] = layer_mask(mask, None, keys, mask_offset(cache, source), positions, mask is None)
+        at = past + torch.arange(new, device=past.device if isinstance(past, Tensor) else hidden.device)[None]
+        offset = mask_offset(cache, source, taken_up=0 if source == layer else new)
+        changed["attention_mask"] = layer_mask(kwargs["attention_mask"], None, keys, offset, at, flash)
     positions = kwargs.get("position_ids")
     if history.shift is not None and positions is not None and family.rotary is not None:
         changed["position_ids"] = positions - history.shift.to(positions.device)
         changed["position_embeddings"] = family.rotary(hidden, changed["position_ids"])
     return changed
+
+
+def _seen_before(cache: Any, layer: int, source: int, new: int) -> Any:
+    """Logical tokens cached before the new ones that a layer is given: an int, or a tensor for static caches."""
+    seen = cache.layers[source].get_seq_length()
+    return seen if source == layer else seen - new  # the source has taken up the new ones already

@@ -12,9 +12,18 @@ from adaptinfer.engine.families import check_backend
 from adaptinfer.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
-__all__ = ["arguments_of", "check_forward", "check_generate", "check_ids", "check_labels", "check_mask"]
+__all__ = [
+    "arguments_of",
+    "check_flash",
+    "check_forward",
+    "check_generate",
+    "check_ids",
+    "check_labels",
+    "check_mask",
+    "prompt_length",
+]
 
 _ESCAPE = "or run this call inside adaptinfer.disabled(model)"
 
@@ -25,6 +34,17 @@ def arguments_of(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
         return kwargs
     bound = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
     return {**bound, **bound.pop("kwargs", {})}
+
+
+def prompt_length(arguments: dict[str, Any]) -> int | None:
+    """Tokens of the whole prompt, cached ones included, of a call of generate; None without ids.
+
+    In a later turn generate may be given the new ids alone; the mask is then that of the whole.
+    """
+    ids, mask = arguments.get("input_ids", arguments.get("inputs")), arguments.get("attention_mask")
+    if ids is None:
+        return None
+    return max(ids.shape[1], mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else 0)
 
 
 def check_generate(model: Any, kwargs: dict[str, Any]) -> None:
@@ -78,6 +98,27 @@ def check_forward(model: Any, arguments: dict[str, Any]) -> None:
         wanted = arguments.get(flag)
         if getattr(config, flag, False) if wanted is None else wanted:
             raise UnsupportedError(_outputs_of_different_length(flag))
+
+
+def check_flash(sources: dict[int, int], stages: Iterable[int]) -> None:
+    """Refuse stages between layers that share keys under FlashAttention: the later layer's queries would be some of its
+    keys' tokens only, and a kernel that is causal by the order of tokens cannot tell which.
+
+    Args:
+        sources: for layers that read the keys of an earlier layer, which one.
+        stages: layers about to prune.
+
+    Raises:
+        UnsupportedError: naming the layers.
+    """
+    for layer, source in sources.items():
+        stage = next((stage for stage in stages if source <= stage < layer), None)
+        if stage is not None:
+            raise UnsupportedError(
+                f"FlashAttention cannot prune in layer {stage}: layer {layer} reads the keys of layer {source} and "
+                f"would be given fewer tokens; prune in layers before {min(sources.values())} only, or load the "
+                "model with attn_implementation='sdpa'"
+            )
 
 
 def check_mask(mask: Any) -> None:

@@ -64,6 +64,8 @@ def read_layout(
     if attention_mask is not None:
         real = attention_mask[:, -length:].to(device=input_ids.device, dtype=torch.bool)
         vision = vision & real  # a masked image is padding: nothing attends to it
+    if prompt is not None:
+        vision = vision & (positions < prompt)  # a guessed placeholder is a word like any other
     last = torch.where(vision, positions, -1).amax(dim=1, keepdim=True)
     text = (positions > last) & (last >= 0)
     if real is not None:

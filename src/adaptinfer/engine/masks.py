@@ -52,7 +52,15 @@ def real_tokens(mask: Any, past: int, length: int) -> Tensor | None:
     return diagonal if diagonal.dtype == torch.bool else diagonal == 0
 
 
-def layer_mask(mask: Any, rows: Tensor | None, keys: Keys, offset: int, positions: Tensor, flash: bool) -> Any:
+def layer_mask(
+    mask: Any,
+    rows: Tensor | None,
+    keys: Keys,
+    offset: int,
+    positions: Tensor | None,
+    flash: bool,
+    newest: bool = True,
+) -> Any:
     """The mask of a layer that is given some of the tokens.
 
     Args:
@@ -60,26 +68,30 @@ def layer_mask(mask: Any, rows: Tensor | None, keys: Keys, offset: int, position
         rows: int64 [B, n], the new tokens that the layer is given, as rows of ``mask``; None for all.
         keys: the columns that its attention meets, L of them.
         offset: logical position of the first column of ``mask``.
-        positions: int64 [B or 1, n], logical positions of the given tokens.
+        positions: int64 [B or 1, n], logical positions of the given tokens; needed without a mask.
         flash: whether FlashAttention reads it, which is causal by itself.
+        newest: whether the given tokens are the last of the columns, as in every layer with keys of its own.
 
     Returns:
-        A mask of the same kind; None stays None unless some columns must not be seen.
+        A mask of the same kind; None stays None unless it does not say enough.
     """
     columns, valid = keys.columns, keys.valid
     if isinstance(mask, BlockMask):
         return _block_mask(mask, rows, keys, offset)
     if mask is None:
+        assert positions is not None
+        positions = positions.to(columns.device)  # accelerate may move the layer's inputs later than this
         if flash and keys.room:
             seen = columns <= positions[:, -1:]
             return seen if valid is None else seen & valid
-        if valid is None:
-            return None  # survivors are in their old order, so what was plainly causal stays so
-        return valid if flash else (columns[:, None, :] <= positions[..., None])[:, None] & valid[:, None, None, :]
+        if flash or (valid is None and newest):
+            return valid  # survivors are in their old order, so what was plainly causal stays so
+        seen = (columns[:, None, :] <= positions[..., None])[:, None]
+        return seen if valid is None else seen & valid[:, None, None, :]
     reach = mask.shape[-1]
     columns = columns.to(mask.device)
     at = columns - offset if offset else columns
-    if offset or valid is not None or (keys.room and mask.ndim == 2):  # some columns lie outside
+    if offset or valid is not None or keys.room:  # some columns lie outside
         outside = (at < 0) | (at >= reach)
         if valid is not None:
             outside = outside | ~valid.to(mask.device)
