@@ -26,7 +26,7 @@ lint: $(READY)
 	$(BIN)/pyright --warnings
 
 bench: $(READY)
-	$(BIN)/python benchmarks/prefill.py --shape llava-1b
+	$(BIN)/adaptinfer bench --shape llava-1b
 	$(BIN)/python benchmarks/embedded_accuracy.py
 
 $(READY): requirements.lock pyproject.toml

@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
-from adaptinfer import AdaptInfer, ModelShape, Schedule, ScheduleError, Stage, attach, preset
-from adaptinfer.benchmark import cli, measure, plot, shapes, subject
+from adaptinfer import AdaptInfer, ModelShape, Schedule, Stage, attach, preset
+from adaptinfer.benchmark import measure, plot, shapes, subject
 from adaptinfer.benchmark.environment import environment
 from adaptinfer.benchmark.memory import PeakMemory, free_bytes
 from adaptinfer.benchmark.prompts import picture_by_processor, picture_for, prompt
@@ -104,13 +104,15 @@ def _shrunken(name: str):
     text, tower = config.text_config, config.vision_config
     wide = name.startswith("qwen")  # its rotary sections want 128 values a head
     text.num_hidden_layers, text.hidden_size, text.intermediate_size = 3, 256 if wide else 64, 48
-    text.num_attention_heads, text.num_key_value_heads, text.vocab_size = 2 if wide else 4, 2, 160000 if wide else 32064
+    text.num_attention_heads, text.num_key_value_heads, text.vocab_size = 2 if wide else 4, 2, 1000
     text.head_dim = 128 if wide else 16
+    config.image_token_id = 900
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:3]
     tower.hidden_size, tower.intermediate_size = 64, 48
     if wide:
         tower.depth, tower.num_heads, tower.fullatt_block_indexes, tower.out_hidden_size = 2, 4, [1], 256
+        config.vision_start_token_id, config.vision_end_token_id, config.video_token_id = 901, 902, 903
     else:
         tower.num_hidden_layers, tower.num_attention_heads, tower.image_size, tower.projection_dim = 2, 4, 56, 64
     if hasattr(config, "image_grid_pinpoints"):
@@ -207,7 +209,7 @@ def test_variants_stand_in_a_known_order():
         (["--budget", "-3"], "must be a positive number of tokens"),
         (["--device", "cuda:77"], "device 'cuda:77': cannot be used here"),
         (["--device", "abacus"], "device 'abacus': only cpu, cuda and cuda:N"),
-        (["--attention", "flashy"], "attention 'flashy': cannot be used here"),
+        (["--attention", "flashy"], "llava with attention 'flashy': cannot be made here"),
         (["--image-size", "300"], "--image-size: this model sees every picture at its own 32 pixels"),
         (["--shape", "qwen2.5-vl-7b", "--image-size", "300"], "must be a multiple of 28"),
         (["--shape", "qwen2.5-vl-7b", "--text-before", "0"], "at least 1 and 1 tokens are needed"),
@@ -238,14 +240,6 @@ def test_too_little_memory_is_refused(monkeypatch):
     Subject("llava-1.5-7b", None, "bfloat16", "cpu", "sdpa").check_memory(576, 92, 1)
     with pytest.raises(ValueError, match="KV cache of batch 64"):
         Subject("llava-1.5-7b", None, "bfloat16", "cpu", "sdpa").check_memory(576, 92, 64)
-
-
-def test_a_budget_in_an_unreachable_range_names_its_variant():
-    with pytest.raises(ScheduleError, match="variant 'random 1.5'"):
-        subject_of_tiny = Subject("tiny", None, "float32", "cpu", "sdpa")
-        from adaptinfer.benchmark.variants import check_variants
-
-        check_variants([Variant("random 1.5", AdaptInfer(budget=1.5))], subject_of_tiny.family, LAYERS, VISION)
 
 
 def test_the_command_line_does_not_wait_for_torch():
@@ -436,10 +430,11 @@ def test_on_a_gpu_nothing_waits_inside_of_what_is_timed(monkeypatch):
 
     monkeypatch.setattr(Clock, "device_ms", staticmethod(noted))
     figures = bench.run(pruned, [1, 3]) | bench.scorer(pruned)
+    facts = bench.facts(pruned)
     assert {"ttft_cuda_ms", "decoder_prefill_wall_ms", "generate_ms/3", "scorer_ms"} <= set(figures)
     assert all(value > 0 for value in figures.values())
     assert figures["decoder_prefill_ms"] < figures["ttft_cuda_ms"] <= figures["ttft_ms"]
-    assert (figures["peak_memory_bytes"], figures["peak_above_idle_bytes"]) == (12, 7)
+    assert (facts["peak_memory_bytes"], facts["peak_above_idle_bytes"]) == (12, 7)
     assert spans and not any(start < wait < end for start, end in spans[:2] for wait in waits)
 
 
@@ -455,12 +450,7 @@ def test_a_run_on_a_gpu(tmp_path, dtype):
     for entry in document["batches"][0]["variants"]:
         raw = {figure: min(values) for figure, values in entry["raw"].items()}
         assert 0 < raw["decoder_prefill_ms"] < raw["ttft_cuda_ms"] and raw["decoder_prefill_wall_ms"] > 0
-        assert raw["peak_above_idle_bytes"] > 0 and raw["generate_ms/4"] > raw["decode_ms_per_token/4"] > 0
-
-
-def test_registering_twice_is_what_a_second_app_would_do():
-    import typer
-
-    other = typer.Typer()
-    cli.register(other, "epilog")
-    assert "--shape" in CliRunner().invoke(other, ["--help"]).output
+        assert (
+            entry["peak_above_idle_bytes"] > entry["kv_bytes"]
+            and raw["generate_ms/4"] > raw["decode_ms_per_token/4"] > 0
+        )

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
+from adaptinfer.benchmark.cli import register as register_bench
 from adaptinfer.errors import AdaptInferError, InputError
 from adaptinfer.schedule import PRESETS, ModelShape, Schedule, ScheduleError, preset
 
@@ -495,6 +496,9 @@ def _document(
             "transformers": transformers.__version__,
         },
     }
+
+
+register_bench(app, _EXIT_CODES)
 
 
 # ---------------------------------------------------------------------------------------------------- what there is

@@ -94,21 +94,15 @@ class History:
             valid = torch.cat([real, torch.ones_like(columns[:, real.shape[1] :], dtype=torch.bool)], dim=1)
         return Keys(columns, valid)
 
-    def room(self, capacity: int, total: int) -> Keys:
+    def room(self, capacity: int) -> Keys:
         """Logical positions of a static layer's ``capacity`` entries, used or not; one object for layers that share it.
 
-        Args:
-            capacity: entries allocated.
-            total: logical positions there will ever be; what lies beyond is invalid.
+        After a second pruning there is more room than tokens to come; the mask ends before those columns.
         """
-        if (capacity, total) not in self._memo:
+        if capacity not in self._memo:
             entries = self.entries(0, capacity)
-            columns, valid = entries.columns, entries.valid
-            if capacity > total - self.dropped:  # pruned again in a later turn: more room than tokens to come
-                ever = columns < total
-                valid = ever if valid is None else valid & ever
-            self._memo[capacity, total] = Keys(columns, valid, room=True)
-        return self._memo[capacity, total]
+            self._memo[capacity] = replace(entries, room=True)
+        return self._memo[capacity]
 
 
 def whole_history(batch: Tensor) -> History:
@@ -122,7 +116,7 @@ class Keys:
 
     Attributes:
         columns: int64 [B, L], the logical position of each.
-        valid: bool [B, L]; False for fillers and for room that will never be used; None if there are none.
+        valid: bool [B, L]; False for fillers; None if there are none.
         room: whether columns of later tokens stand among them, as in a static cache.
     """
 
@@ -236,7 +230,7 @@ class _PrunedStatic(Pruned, _Static):
         super().hold(history)
         if not self.is_initialized:
             self.capacity = self.total - history.dropped
-        self.columns = history.room(self.capacity, self.total)
+        self.columns = history.room(self.capacity)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         logical, self.max_cache_len = self.max_cache_len, self.capacity
@@ -253,7 +247,7 @@ class _PrunedStatic(Pruned, _Static):
     def _take(self, indices: Tensor) -> None:
         super()._take(indices)
         if self.history is not None:
-            self.columns = self.history.room(self.capacity, self.total)
+            self.columns = self.history.room(self.capacity)
 
 
 class PrunedStaticLayer(_PrunedStatic, StaticLayer):

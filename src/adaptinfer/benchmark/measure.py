@@ -1,0 +1,222 @@
+"""One pass of one variant. What is timed is said here; everything else, synchronising included, happens outside of it.
+
+A pass yields figures by name:
+
+- ``ttft_ms``: from tensors as a processor makes them to the first token: vision tower, all of the prefill, lm_head and
+  argmax. Host clock, from before the call to the token being ready (on a GPU: to the end of a synchronisation).
+  ``ttft_cuda_ms`` is the same between two events in the stream.
+- ``decoder_prefill_ms``: of the same pass the decoder layers alone, which is the paper's definition: from a hook before
+  the first layer to a hook behind the last, scoring, selection and gathers included; not the embeddings, the vision
+  tower, the reading of the prompt's layout, the last norm and lm_head. On a GPU between CUDA events.
+- ``decoder_prefill_wall_ms``: on a GPU, in a pass of its own, the host's clock between the same two hooks, which wait
+  for the GPU: so it is not in the way of the figures above, and includes the launches of the first kernels.
+- ``generate_ms/n``: from the call of ``generate`` to its n-th new token, in one pass for all n; on a GPU the tokens are
+  events in the stream.
+- ``decode_ms_per_token/n``: of the same pass, the mean over the tokens from the second to the n-th.
+- ``scorer_ms``: in passes of their own, the time inside ``pruner.score``, summed over stages.
+
+What does not depend on the clock is taken from one more pass: counts of tokens, FLOPs, bytes of the cache's own
+tensors, and peak memory up to the first token (`memory.PeakMemory`).
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from adaptinfer.benchmark.memory import PeakMemory
+from adaptinfer.benchmark.timing import Clock, Mark
+from adaptinfer.engine.attach import attach
+from adaptinfer.engine.cache import kv_bytes
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from adaptinfer.benchmark.prompts import Prompt
+    from adaptinfer.benchmark.variants import Variant
+    from adaptinfer.engine.attach import Handle
+
+__all__ = ["Bench", "Figures"]
+
+Figures = dict[str, float]
+
+
+class Bench:
+    """A model and a prompt to be measured together.
+
+    Args:
+        model: on its device, in evaluation mode, with no pruner attached.
+        prompt: on the same device.
+        device: its name.
+    """
+
+    def __init__(self, model: Any, prompt: Prompt, device: str) -> None:
+        self.model, self.prompt = model, prompt
+        self.clock, self.memory = Clock(device), PeakMemory(device)
+        takes = inspect.signature(model.forward).parameters
+        self._options = {"use_cache": True, **({"logits_to_keep": 1} if "logits_to_keep" in takes else {})}
+
+    def attached(self, variant: Variant, pruner: Any = None) -> AbstractContextManager[Handle | None]:
+        """The variant on the model, as it is in steady use: its schedule solved. Vanilla is a model never attached."""
+        if variant.pruner is None:
+            return nullcontext()
+        handle = attach(self.model, pruner or variant.pruner, early_drop=variant.early_drop)
+        handle.plan(self.prompt.vision_tokens)
+        return handle
+
+    def run(self, variant: Variant, new_tokens: Sequence[int]) -> Figures:
+        """Every figure of one variant but ``scorer_ms``, once.
+
+        Args:
+            variant: what to attach.
+            new_tokens: how many tokens ``generate`` is measured at; none leaves it out.
+        """
+        with self.attached(variant):
+            if self.clock.on_gpu:
+                self._first_token()  # fills the allocator's cache with blocks of this variant's sizes
+            figures = self._time_first_token()
+            if self.clock.on_gpu:
+                figures |= self._time_decoder_alone()
+            if new_tokens:
+                figures |= self._time_generation(new_tokens)
+        return figures
+
+    def scorer(self, variant: Variant) -> Figures:
+        """``scorer_ms`` of one pass: the pruner's ``score`` is wrapped in two marks."""
+        spans: list[tuple[Mark, Mark]] = []
+        timed: Any = copy.copy(variant.pruner)
+
+        def score(view: Any) -> Any:
+            start = self.clock.mark()
+            scores = variant.pruner.score(view)  # pyright: ignore[reportOptionalMemberAccess]
+            spans.append((start, self.clock.mark()))
+            return scores
+
+        object.__setattr__(timed, "score", score)  # the dataclass is frozen
+        with self.attached(variant, timed):
+            self._first_token()
+        self.clock.synchronise()
+        return {"scorer_ms": sum(self.clock.device_ms(start, end) for start, end in spans)}
+
+    def facts(self, variant: Variant) -> dict[str, Any]:
+        """What does not depend on the clock, from one pass: tokens, FLOPs, bytes of the cache, peak memory."""
+        gc.collect()
+        with self.attached(variant) as handle:
+            self.clock.synchronise()
+            self.memory.start()
+            out, _ = self._first_token()
+            self.clock.synchronise()
+            peak = self.memory.read()
+            held, _ = kv_bytes(out.past_key_values)
+            report = None if handle is None else handle.report
+        facts: dict[str, Any] = {"kv_bytes": held}
+        if peak is not None:
+            facts["peak_memory_bytes"], facts["peak_above_idle_bytes"] = peak
+        if report is not None:
+            averages = {*report.true_average}
+            assert len(averages) == 1, "samples of one length are pruned alike"
+            facts |= {
+                "true_average": report.true_average[0],
+                "tokens_per_layer": list(report.tokens_per_layer[0]),
+                "prefill_flops": report.flops,
+                "stages": [
+                    {"layer": stage.layer, "kept": len(kept[0])}
+                    for stage, kept in zip(report.stages, report.kept, strict=True)
+                ],
+            }
+        return facts
+
+    # -- passes -----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _first_token(self) -> tuple[Any, torch.Tensor]:
+        """The model's output, and the first new token of each sample, [B]."""
+        out = self.model(**self.prompt.inputs, **self._options)
+        return out, out.logits[:, -1].argmax(dim=-1)
+
+    def _time_first_token(self) -> Figures:
+        layers: list[Mark] = []
+        gc.collect()
+        self.clock.synchronise()
+        with self._around_layers(lambda: layers.append(self.clock.mark())):
+            start = self.clock.mark()
+            out = self._first_token()
+            end = self.clock.mark()
+            self.clock.synchronise()
+            ready = self.clock.mark()
+        del out
+        figures = {
+            "ttft_ms": self.clock.host_ms(start, ready if self.clock.on_gpu else end),
+            "decoder_prefill_ms": self.clock.device_ms(*layers),
+        }
+        if self.clock.on_gpu:
+            figures["ttft_cuda_ms"] = self.clock.device_ms(start, end)
+        return figures
+
+    def _time_decoder_alone(self) -> Figures:
+        layers: list[Mark] = []
+
+        def mark() -> None:
+            self.clock.synchronise()
+            layers.append(self.clock.mark())
+
+        with self._around_layers(mark):
+            self._first_token()
+        return {"decoder_prefill_wall_ms": self.clock.host_ms(*layers)}
+
+    def _time_generation(self, new_tokens: Sequence[int]) -> Figures:
+        most = max(new_tokens)
+        watched = {1, *new_tokens}
+        marks: dict[int, Mark] = {}
+        clock, length = self.clock, self.prompt.inputs["input_ids"].shape[1]
+
+        class Watch(StoppingCriteria):
+            """Asked after every token whether to stop; never does, but looks at its watch."""
+
+            def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+                made = input_ids.shape[1] - length
+                if made in watched and made < most:
+                    marks[made] = clock.mark()
+                return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+        gc.collect()
+        clock.synchronise()
+        start = clock.mark()
+        self.model.generate(
+            **self.prompt.inputs,
+            do_sample=False,
+            num_beams=1,
+            min_new_tokens=most,
+            max_new_tokens=most,
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([Watch()]),
+        )
+        marks[most] = clock.mark()
+        clock.synchronise()
+        figures = {}
+        for count in new_tokens:
+            figures[f"generate_ms/{count}"] = clock.device_ms(start, marks[count])
+            if count > 1:
+                figures[f"decode_ms_per_token/{count}"] = clock.device_ms(marks[1], marks[count]) / (count - 1)
+        return figures
+
+    @contextmanager
+    def _around_layers(self, mark: Callable[[], None]) -> Iterator[None]:
+        """Call `mark` before the first decoder layer, ahead of the engine's own hooks, and behind the last."""
+        layers = self.model.get_decoder().layers
+        hooks = [
+            layers[0].register_forward_pre_hook(lambda *_: mark(), prepend=True),
+            layers[-1].register_forward_hook(lambda *_: mark()),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()

@@ -1,0 +1,122 @@
+"""What stands side by side in one run: vanilla, an attached pruner that keeps everything, and pruned ways."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from adaptinfer.errors import InputError, UnsupportedError
+from adaptinfer.schedule import Schedule, ScheduleError, preset
+
+if TYPE_CHECKING:
+    from adaptinfer.engine.families import Family
+    from adaptinfer.pruners.base import Pruner
+
+__all__ = ["EarlyDrop", "Variant", "check_names", "check_variants", "variants"]
+
+EarlyDrop = Literal["on", "off", "both"]
+
+VANILLA, KEEP_ALL = "vanilla", "keep all"
+_USUAL_SHARES = (1 / 3, 2 / 9, 1 / 9)  # 192, 128 and 64 of LLaVA-1.5's 576
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the same prompt.
+
+    Attributes:
+        name: in tables.
+        pruner: what is attached; None for vanilla, where nothing is.
+        early_drop: whether pruning layers skip the outputs of tokens that they drop.
+        preset: name of the published schedule, if it is one.
+    """
+
+    name: str
+    pruner: Pruner | None = None
+    early_drop: bool = True
+    preset: str | None = None
+
+
+def check_names(methods: Sequence[str], presets: Sequence[str]) -> None:
+    """Refuse unknown methods and presets.
+
+    Raises:
+        InputError: there is no such method.
+        ScheduleError: there is no such preset.
+    """
+    from adaptinfer.pruners import METHODS
+
+    for method in methods:
+        if method not in METHODS:
+            raise InputError(f"method: there is no method {method!r}; there are {', '.join(METHODS)}")
+    for name in presets:
+        preset(name)
+
+
+def variants(
+    methods: Sequence[str],
+    budgets: Sequence[float],
+    presets: Sequence[str],
+    early_drop: EarlyDrop,
+    vision_tokens: int,
+) -> list[Variant]:
+    """Vanilla, keep-all, then every method at every budget, then the presets as the paper ran them.
+
+    Args:
+        methods: names in `METHODS`.
+        budgets: true averages in tokens, or below 1 as shares. None at all: a third, two ninths and a ninth of the
+            vision tokens (192, 128 and 64 of 576), unless there are presets.
+        presets: names in `PRESETS`; AdaptInfer with the published schedule and positions.
+        early_drop: ``"both"`` puts every pruned variant beside itself without early drop.
+        vision_tokens: in the prompt.
+
+    Raises:
+        PrunerError: a budget that is no positive number.
+    """
+    from adaptinfer.pruners import METHODS, AdaptInfer
+
+    if not budgets and not presets:
+        budgets = [max(1, round(share * vision_tokens)) for share in _USUAL_SHARES]
+    pruned: list[tuple[str, Pruner, str | None]] = [
+        (f"{method} {budget:g}", METHODS[method](budget=budget), None) for method in methods for budget in budgets
+    ]
+    for name in presets:
+        model, _, label = name.partition("/")
+        pruned.append((name, AdaptInfer.paper(label, model), name))
+
+    # A budget of all tokens is solved without a stage: hooks, masks and cache layers run, and nothing is dropped.
+    found = [Variant(VANILLA), Variant(KEEP_ALL, AdaptInfer(budget=vision_tokens))]
+    for name, pruner, published in pruned:
+        if early_drop in ("on", "both"):
+            found.append(Variant(name, pruner, True, published))
+        if early_drop in ("off", "both"):
+            found.append(Variant(f"{name}, late", pruner, False, published))
+    return list({variant.name: variant for variant in found}.values())
+
+
+def check_variants(
+    found: Sequence[Variant], family: Family, num_layers: int, vision_tokens: int
+) -> dict[str, Schedule]:
+    """The schedule of each variant by name; vanilla's has no stages.
+
+    Raises:
+        ScheduleError: a budget that cannot be met, or a schedule for a model of another depth; names the variant.
+        UnsupportedError: a variant renumbers positions, and the model has none that can be renumbered.
+    """
+    schedules = {}
+    for variant in found:
+        if variant.pruner is not None and variant.pruner.positions == "compact" and family.rotary is None:
+            raise UnsupportedError(
+                f"variant {variant.name!r}: its positions are compact, and {family.model_type} supports 'keep' only"
+            )
+        try:
+            if variant.pruner is None:
+                schedule = Schedule((), num_layers, vision_tokens)
+            else:
+                schedule = variant.pruner.plan(num_layers, vision_tokens, family.scoring)
+            schedule.keeps(vision_tokens)
+        except ScheduleError as error:
+            raise ScheduleError(f"{error} (variant {variant.name!r})") from None
+        schedules[variant.name] = schedule
+    return schedules
