@@ -68,8 +68,8 @@ MUTANTS = [
     Mutant(
         "5: a pruning layer runs its choice twice",
         "engine/attach.py",
-        "    view = forward.choose(",
-        "    forward.choose(layer, query, key, attention_mask, kwargs)\n    view = forward.choose(",
+        "    used, visible = forward.choose(",
+        "    forward.choose(layer, query, key, attention_mask, kwargs)\n    used, visible = forward.choose(",
         "tests/test_engine_oracle.py::test_prefill_is_the_masked_run",
     ),
     Mutant(
@@ -158,8 +158,8 @@ MUTANTS = [
     Mutant(
         "early drop attends without the causal mask",
         "engine/attach.py",
-        "view.visible(rows), **kwargs",
-        "None, **kwargs",
+        "value, visible(some), **kwargs)",
+        "value, None, **kwargs)",
         "tests/test_engine_exact.py::test_early_drop_changes_nothing",
     ),
     Mutant(

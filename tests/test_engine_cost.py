@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import tiny
 import torch
+import zoo
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptinfer import AdaptInfer, Random, Schedule, Stage, attach
@@ -141,3 +144,62 @@ def test_scores_are_float32_in_a_half_precision_model(family):
     assert out.shape[1] > inputs["input_ids"].shape[1]
     for stage in handle.report.stages:
         assert stage.scores.dtype == torch.float32 and torch.isfinite(stage.scores).all()
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of all tensors alive at once that operations made inside of it, at their highest."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.highest, self.seen = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return out
+
+    def count(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        self.alive += size
+        self.highest = max(self.highest, self.alive)
+        weakref.finalize(storage, self.gone, key, size)
+
+    def gone(self, key, size):
+        self.seen.discard(key)
+        self.alive -= size
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("shares", [(0.3, 0.2), (0.05, 0.5)])
+def test_sixteen_thousand_vision_tokens_take_no_more_memory_than_vanilla(shares):
+    """Nothing of L x L, no copy of what is there already."""
+    model = zoo.SETUPS["qwen2_5_vl"].build("sdpa")
+    prompt = zoo.simple("qwen2_5_vl", video=True, grid=(64, 32, 32), after=40)
+    assert zoo.vision_tokens("qwen2_5_vl", prompt) == 16_384
+    inputs = zoo.batch("qwen2_5_vl", [prompt])
+    del inputs["pixel_values_videos"], inputs["video_grid_thw"]  # the vision tower is the same in both
+    positions = torch.arange(len(prompt))[None]
+    vanilla, pruned = Peak(), Peak()
+    with torch.no_grad(), vanilla:
+        model.base_model(**inputs, position_ids=positions, use_cache=True)
+    schedule = Schedule((Stage(1, shares[0]), Stage(3, shares[1])), tiny.LAYERS)
+    with attach(model, AdaptInfer(schedule=schedule)) as handle, torch.no_grad(), pruned:
+        model.base_model(**inputs, position_ids=positions, use_cache=True)
+    assert len(handle.report.stages) == 2
+    assert pruned.highest <= vanilla.highest, (pruned.highest / 2**20, vanilla.highest / 2**20)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_survivors_attend_a_few_rows_at_a_time(models, monkeypatch, attention):
+    """The same outputs however few."""
+    model = models("llava", attention)
+    inputs = tiny.batch("llava", [tiny.simple("llava"), tiny.simple("llava", after=12)])
+    with attach(model, AdaptInfer(schedule=Schedule((Stage(1, 0.2), Stage(3, 0.2)), tiny.LAYERS))), torch.no_grad():
+        whole = model(**inputs).logits
+        monkeypatch.setattr(attach_module, "_LARGEST_MASK", 700)
+        torch.testing.assert_close(model(**inputs).logits, whole, atol=1e-6, rtol=0)

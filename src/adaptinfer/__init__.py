@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from adaptinfer.engine.attach import Handle, attach, disabled
     from adaptinfer.engine.report import Report
     from adaptinfer.errors import AdaptInferError, InputError, UnsupportedError
+    from adaptinfer.prefix import PrefixCache
     from adaptinfer.pruners import METHODS, AdaptInfer, Pruner, PrunerError, Random
     from adaptinfer.pruners.config import from_pretrained
     from adaptinfer.schedule import PRESETS, ModelShape, Schedule, ScheduleError, Stage, preset, solve
@@ -26,6 +27,7 @@ __all__ = [
     "Handle",
     "InputError",
     "ModelShape",
+    "PrefixCache",
     "Pruner",
     "PrunerError",
     "Random",
@@ -45,6 +47,7 @@ _HOME = {
     "engine.attach": ("Handle", "attach", "disabled"),
     "engine.report": ("Report",),
     "errors": ("AdaptInferError", "InputError", "UnsupportedError"),
+    "prefix": ("PrefixCache",),
     "pruners": ("METHODS", "AdaptInfer", "Pruner", "PrunerError", "Random"),
     "pruners.config": ("from_pretrained",),
     "schedule": ("PRESETS", "ModelShape", "Schedule", "ScheduleError", "Stage", "preset", "solve"),

@@ -43,13 +43,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Handle", "attach", "disabled"]
+__all__ = ["Handle", "attach", "disabled", "is_attached"]
 
 _HANDLE = "_adaptinfer_handle"
 _ATTENTION = "adaptinfer"
 _DISABLED: ContextVar[frozenset[int]] = ContextVar("adaptinfer_disabled", default=frozenset())
 _PROMPTS: ContextVar[dict[int, int]] = ContextVar("adaptinfer_prompts", default={})  # noqa: B039 (never changed in place)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_LARGEST_MASK = 2**20  # entries of a mask made for survivors
 _OUTPUT = ("o_proj", "out_proj", "dense", "wo")
 _MLP = ("mlp", "feed_forward", "block_sparse_moe")
 
@@ -104,11 +105,16 @@ def disabled(model: Any) -> Iterator[None]:
         _DISABLED.reset(token)
 
 
+def is_attached(model: Any) -> bool:
+    """Whether a pruner is attached to a model."""
+    return _HANDLE in getattr(model, "__dict__", {})
+
+
 class Handle:
     """A pruner on a model. Made by `attach`."""
 
     def __init__(self, model: Any, pruner: Pruner, early_drop: bool) -> None:
-        if _HANDLE in getattr(model, "__dict__", {}):
+        if is_attached(model):
             raise AdaptInferError("a pruner is attached to this model already; call its handle's detach() first")
         if not isinstance(pruner, Pruner):
             raise AdaptInferError(f"pruner: must be a pruner such as AdaptInfer(budget=64), not {pruner!r}")
@@ -583,15 +589,18 @@ def _attention_of_call(
     layer = module.layer_idx
     if not forward.scores_in(layer):
         return attend(caller, query, key, value, attention_mask, **kwargs)
-    view = forward.choose(layer, query, key, attention_mask, kwargs)
+    used, visible = forward.choose(layer, query, key, attention_mask, kwargs)
     rows = forward.dropping(layer)
     entered = query.shape[2]
     # All rows under the causal kernel cost half a rectangle; survivors alone need an explicit mask and cost all of it.
     # FlashAttention takes no mask, and a block mask would have to be made, for less than it saves.
     if rows is None or 2 * rows.shape[1] > entered or backend not in ("sdpa", "eager"):
         return attend(caller, query, key, value, attention_mask, **kwargs)
-    used = view.key.shape[2]
-    output, _ = attend(
-        caller, gather_tokens(query, rows, dim=2), key[:, :, :used], value[:, :, :used], view.visible(rows), **kwargs
-    )
-    return scatter_tokens(output, rows, entered), None
+    key, value = key[:, :, :used], value[:, :, :used]
+    # The mask of a few rows at a time: of all survivors it would be the largest thing in a long prompt's prefill.
+    step = max(1, _LARGEST_MASK // (rows.shape[0] * used))
+    parts = [
+        attend(caller, gather_tokens(query, some, dim=2), key, value, visible(some), **kwargs)[0]
+        for some in rows.split(step, dim=1)
+    ]
+    return scatter_tokens(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), rows, entered), None

@@ -132,7 +132,9 @@ class Forward:
         return upcoming.relative if self._early_drop and upcoming is not None and upcoming.layer == layer else None
 
     @torch.no_grad()
-    def choose(self, layer: int, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> StageView:
+    def choose(
+        self, layer: int, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]
+    ) -> tuple[int, Callable[[Tensor], Tensor]]:
         """Score the vision tokens inside the stage's layer and settle which tokens the next layer is given.
 
         Args:
@@ -141,6 +143,9 @@ class Forward:
             key: [B, K, L, D].
             mask: the layer's own, of any kind.
             options: the other arguments of the layer's attention function.
+
+        Returns:
+            How many of the key columns are in use, and what query rows may see of them, as `StageView.visible`.
         """
         layout, segment = self.layout, self.segment
         assert layout is not None and self.past is not None
@@ -206,7 +211,7 @@ class Forward:
             )
         )
         self._counts = keeps
-        return view
+        return used, visible
 
     def _entries_in_use(self, layer: int, columns: int) -> int:
         """How many of a layer's key columns hold something; the last of them are those of this call."""

@@ -1,0 +1,106 @@
+"""Reuse of the tokens before the first image: the system prompt is the same in every request, and so are its keys."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from adaptinfer.errors import InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["PrefixCache"]
+
+_BOTH_DIRECTIONS = ("paligemma",)
+
+
+class PrefixCache:
+    """Keys and values of prompts' beginnings, computed once and given to every request that begins alike.
+
+    Exact: the tokens before the first image see nothing behind them, so what a decoder layer keeps of them does not
+    depend on the request::
+
+        prefixes = adaptinfer.PrefixCache(model)
+        out = model.generate(**inputs, past_key_values=prefixes.start(inputs))
+
+    Works with and without a pruner; pruning begins behind the prefix. Threads may share one.
+
+    Args:
+        model: the model that generates.
+        max_tokens: prefix tokens kept over all entries; the entries used longest ago go first.
+
+    Raises:
+        InputError: ``max_tokens`` is below 1.
+        UnsupportedError: the model is none whose vision tokens stand among the text, or its prompts are read in both
+            directions.
+    """
+
+    def __init__(self, model: Any, max_tokens: int = 4096) -> None:
+        from adaptinfer.engine.families import placeholders_of
+
+        if max_tokens < 1:
+            raise InputError(f"max_tokens: must be at least 1, not {max_tokens}")
+        if model.config.model_type in _BOTH_DIRECTIONS:
+            raise UnsupportedError(
+                f"{model.config.model_type} reads its prompt in both directions: what stands before an image depends "
+                "on what stands behind it and cannot be reused"
+            )
+        self._model = model
+        self._placeholders = torch.tensor(placeholders_of(model.config))
+        self._max_tokens = max_tokens
+        self._entries: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def tokens(self) -> int:
+        """Prefix tokens held."""
+        return sum(map(len, self._entries))
+
+    @torch.no_grad()
+    def start(self, inputs: Any) -> Any:
+        """A cache that holds the prompt's tokens before its first image, to be passed to `generate`.
+
+        Args:
+            inputs: what `generate` is called with; ``input_ids`` [B, N] and, if there is padding, ``attention_mask``.
+
+        Returns:
+            A fresh DynamicCache of the request's own. It is empty where there is nothing to reuse: an image stands
+            first, the prompt has no image, samples begin differently or with padding, or the prefix is longer than
+            ``max_tokens``.
+        """
+        from transformers import DynamicCache
+
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        prefix = self._shared_prefix(ids, mask)
+        if not 0 < len(prefix) <= self._max_tokens:
+            return DynamicCache(config=self._model.config.get_text_config())
+        with self._lock:
+            if prefix not in self._entries:
+                self._entries[prefix] = self._computed(ids[:1, : len(prefix)])
+                while self.tokens > self._max_tokens:
+                    self._entries.popitem(last=False)
+            self._entries.move_to_end(prefix)
+            cache = copy.deepcopy(self._entries[prefix])
+        if ids.shape[0] > 1:
+            cache.reorder_cache(torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device))
+        return cache
+
+    def _shared_prefix(self, ids: Tensor, mask: Tensor | None) -> tuple[int, ...]:
+        vision = torch.isin(ids, self._placeholders.to(ids.device))
+        end = int(torch.where(vision.any(dim=1), vision.int().argmax(dim=1), 0).min())
+        begins = ids[:, :end]
+        if mask is not None and not bool(mask[:, :end].all()):
+            return ()
+        return tuple(begins[0].tolist()) if bool((begins == begins[0]).all()) else ()
+
+    def _computed(self, ids: Tensor) -> Any:
+        from adaptinfer.engine.attach import disabled, is_attached
+
+        with disabled(self._model) if is_attached(self._model) else nullcontext():
+            return self._model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
