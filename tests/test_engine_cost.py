@@ -27,7 +27,15 @@ def layout_of(prompts, side, device):
     vision_counts, text_counts, real_counts = counts
     unguided = (0,) * len(prompts)
     return PromptLayout(
-        vision.to(device), text.to(device), real.to(device), vision_counts, unguided, text_counts, real_counts
+        vision.to(device),
+        text.to(device),
+        real.to(device),
+        vision_counts,
+        unguided,
+        text_counts,
+        real_counts,
+        tail=vision.shape[1],
+        right_padded=False,
     )
 
 

@@ -7,7 +7,15 @@ import copy
 import pytest
 import tiny
 import torch
-from transformers import CLIPVisionModel, DynamicCache, LlamaConfig, LlamaForCausalLM
+import zoo
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForImageTextToText,
+    CLIPVisionModel,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.cache_utils import DynamicLayer
 
 import adaptinfer
@@ -107,6 +115,51 @@ def test_what_is_refused_runs_without_the_pruner(attached, inputs):
     with adaptinfer.disabled(attached):
         assert attached(**inputs, output_hidden_states=True).hidden_states is not None
         assert attached.generate(**inputs, max_new_tokens=2, use_cache=False).shape[0] == 1
+
+
+def test_generating_from_prompts_padded_on_the_right(attached):
+    """A plain forward is fine: its padding rows are nobody's."""
+    prompts = [tiny.simple("llava", after=5), tiny.simple("llava", after=9)]
+    inputs = tiny.batch("llava", prompts, "right")
+    refuses(attached, "pad on the left", lambda: attached.generate(**inputs, max_new_tokens=2))
+    assert attached(**inputs).logits.shape[1] == len(prompts[1])
+
+
+def test_continuous_batching(attached):
+    with pytest.raises(UnsupportedError, match="generate_batch: continuous batching"):
+        attached.generate_batch([[5, 6, 7]])
+
+
+def test_a_pruned_cache_outlives_the_pruner(models, inputs):
+    model = models("llava")
+    with attach(model, AdaptInfer(schedule=STAGES)):
+        out = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
+    later = torch.cat([out.sequences, torch.tensor([[5, 6, 7]])], dim=1)
+    with pytest.raises(UnsupportedError, match="the pruner that knows how to read it has been detached"):
+        model.generate(input_ids=later, past_key_values=out.past_key_values, max_new_tokens=2)
+
+
+def test_sparse_attention_and_other_caches_are_refused_when_attaching():
+    """MiniMax-M3's indexer counts key columns by the tokens it was given."""
+    text = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 16, "rotary_dim": 16, "vocab_size": 128, "num_local_experts": 4}
+    text |= {"num_experts_per_tok": 2, "dense_intermediate_size": 64, "shared_intermediate_size": 32}
+    text |= {"index_n_heads": 2, "index_head_dim": 16, "index_block_size": 8, "index_topk_blocks": 3}
+    text |= {"mlp_layer_types": ["dense"] * 4, "layer_types": ["full_attention"] * 2 + ["minimax_m3_sparse"] * 2}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision |= {"image_size": 28, "patch_size": 4}
+    if "minimax_m3_vl" not in CONFIG_MAPPING:
+        pytest.skip("this transformers has no MiniMax-M3-VL")
+    config = CONFIG_MAPPING["minimax_m3_vl"](text_config=text, vision_config=vision, image_token_index=tiny.IMAGE)
+    model = AutoModelForImageTextToText.from_config(config)
+    with pytest.raises(UnsupportedError, match="minimax_m3_vl keeps its keys in .*Layers, of which the engine"):
+        attach(model, AdaptInfer(budget=0.5))
+
+
+@pytest.mark.parametrize(("name", "reason"), [("mllama", "cross-attention"), ("llama4", "counts positions")])
+def test_models_whose_reason_is_known(name, reason):
+    with pytest.raises(UnsupportedError, match=f"{name}: .*{reason}"):
+        attach(zoo.BUILD_ONLY[name]("sdpa"), AdaptInfer(budget=0.5))
 
 
 def test_attaching_twice(attached):

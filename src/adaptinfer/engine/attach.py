@@ -11,13 +11,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from adaptinfer.engine.cache import cache_argument, check_cache, kv_bytes, seen_by
+from adaptinfer.engine.cache import cache_argument, check_cache, check_cache_kind, kv_bytes, seen_by
 from adaptinfer.engine.families import attention_of, family_of, is_flash
 from adaptinfer.engine.forward import ACTIVE, Forward, decoding_inputs
 from adaptinfer.engine.guards import (
@@ -28,7 +29,9 @@ from adaptinfer.engine.guards import (
     check_ids,
     check_labels,
     check_mask,
+    check_padding,
     prompt_length,
+    refuse_continuous_batching,
 )
 from adaptinfer.engine.layout import PromptLayout, read_layout
 from adaptinfer.engine.masks import real_tokens
@@ -48,7 +51,7 @@ __all__ = ["Handle", "attach", "disabled", "is_attached"]
 _HANDLE = "_adaptinfer_handle"
 _ATTENTION = "adaptinfer"
 _DISABLED: ContextVar[frozenset[int]] = ContextVar("adaptinfer_disabled", default=frozenset())
-_PROMPTS: ContextVar[dict[int, int]] = ContextVar("adaptinfer_prompts", default={})  # noqa: B039 (never changed in place)
+_GENERATIONS: ContextVar[dict[int, Generation]] = ContextVar("adaptinfer_generations", default={})  # noqa: B039
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _LARGEST_MASK = 2**20  # entries of a mask made for survivors
 _OUTPUT = ("o_proj", "out_proj", "dense", "wo")
@@ -83,6 +86,27 @@ def attach(model: Any, pruner: Pruner, *, early_drop: bool = True) -> Handle:
         ScheduleError: the pruner's schedule does not fit the model's depth.
     """
     return Handle(model, pruner, early_drop)
+
+
+@dataclass
+class Generation:
+    """One call of generate on an attached model.
+
+    Attributes:
+        prompt: tokens of its whole prompt, cached ones included; what comes behind is answer, or a guess at it.
+        begun: whether its first forward was met.
+        reported: whether a prefill of it was reported.
+    """
+
+    prompt: int
+    begun: bool = False
+    reported: bool = False
+
+    def begin(self, past: int, new: int) -> None:
+        """Take note of a forward; the first one tells whether generate was given the new tokens of a turn alone."""
+        if not self.begun and past >= self.prompt:
+            self.prompt = past + new
+        self.begun = True
 
 
 @contextmanager
@@ -123,6 +147,7 @@ class Handle:
                 "a pruner is attached to a part of this model already; call its handle's detach() first"
             )
         self._family = family_of(model)
+        check_cache_kind(model)
         if pruner.positions == "compact" and self._family.rotary is None:
             raise UnsupportedError(
                 "positions='compact' renumbers survivors as the published LLaVA code does, which is defined for one "
@@ -237,6 +262,9 @@ class Handle:
         self._override(self._base, "forward", self._within_forward(self._base.forward))
         if hasattr(self._model, "generate"):
             self._override(self._model, "generate", self._guarded(self._model.generate))
+        for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
+            if hasattr(self._model, name):
+                self._override(self._model, name, functools.partial(refuse_continuous_batching, name))
 
     def _before(self, module: nn.Module, hook: Any, first: bool = False) -> None:
         self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first))
@@ -294,7 +322,7 @@ class Handle:
         Layers without keys of their own (Gemma 4) are given no more than these. `generate` asks for the newest token,
         and for guesses, none of which are ever dropped; a plain forward may ask for any. The head cuts once more.
         """
-        return bool(self._family.sources) and id(self) not in _PROMPTS.get()
+        return bool(self._family.sources) and id(self) not in _GENERATIONS.get()
 
     def _guarded(self, generate: Any) -> Any:
         @functools.wraps(generate)
@@ -305,12 +333,12 @@ class Handle:
                 arguments = arguments_of(generate, args, kwargs)
                 check_generate(self._model, arguments)
                 length = prompt_length(arguments)
-                prompts = {} if length is None else {id(self): length}
-                token = _PROMPTS.set({**_PROMPTS.get(), **prompts})
+                calls = {} if length is None else {id(self): Generation(length)}
+                token = _GENERATIONS.set({**_GENERATIONS.get(), **calls})
                 try:
                     return generate(*args, **kwargs)
                 finally:
-                    _PROMPTS.reset(token)
+                    _GENERATIONS.reset(token)
 
         return checked
 
@@ -370,30 +398,35 @@ class Handle:
         if cache is not None and not hasattr(cache, "get_seq_length"):
             check_cache(cache)  # refuses it by name
         seen, length = seen_by(cache), new.shape[1]
-        total = _PROMPTS.get().get(id(self))  # tokens of the prompt, inside generate
+        call = _GENERATIONS.get().get(id(self))
         # Static caches count on the device; reading that waits for it, and one new token can do without.
         past: int | None = seen if isinstance(seen, int) else None if length == 1 else int(seen)
-        decoding = past is None or (past > 0 and (length == 1 or (total is not None and past >= total)))
+        if call is not None and past is not None:
+            call.begin(past, length)
+        decoding = past is None or (past > 0 and (length == 1 or (call is not None and past >= call.prompt)))
         flash = is_flash(self._model.config.get_text_config()._attn_implementation)
-        layout, stages, prompt = None, {}, length
+        layout, stages = None, {}
         if ids is not None and not off and not decoding:
             assert past is not None
-            prompt = length if total is None else min(length, total - past)
+            prompt = length if call is None else min(length, call.prompt - past)
             mask = arguments.get("attention_mask")
-            if total is None:
+            if call is None:
                 check_mask(mask)  # inside generate it may come prepared
             layout = read_layout(ids, real_tokens(mask, past, length), self._family.placeholders, prompt)
             stages = self._stages(layout)
             if stages:
                 check_forward(self._model, arguments)
+                if call is not None:
+                    check_padding(layout.right_padded)
                 if flash:
                     check_flash(self._family.sources, stages)
                 if cache is not None:
                     check_cache(cache)
                 if self.early_drop:
                     self._hook_stages(stages)
+        tail = length if layout is None else layout.tail
         return Forward(
-            self, self._family, self.pruner, past, length, prompt, layout, stages, self.early_drop, self._ranks, flash
+            self, self._family, self.pruner, past, length, tail, layout, stages, self.early_drop, self._ranks, flash
         )
 
     def _stages(self, layout: PromptLayout) -> dict[int, tuple[int, ...]]:
@@ -495,10 +528,14 @@ class Handle:
         return output
 
     def _finish(self, forward: Forward) -> None:
-        layout = forward.layout
+        layout, call = forward.layout, _GENERATIONS.get().get(id(self))
         if layout is None or (forward.past and not any(layout.vision_counts) and not any(layout.unguided_counts)):
             return  # it was no prefill
         forward.check_stages()
+        if call is not None:
+            if call.reported and not any(layout.vision_counts):
+                return  # the text alone, for classifier-free guidance
+            call.reported = True
         report = self._make_report(forward, layout)
         self._thread.report = self._latest = report
 

@@ -29,8 +29,10 @@ else:
 __all__ = [
     "History",
     "Keys",
+    "announce",
     "cache_argument",
     "check_cache",
+    "check_cache_kind",
     "history_of",
     "hold",
     "keys_of",
@@ -136,10 +138,25 @@ class Pruned(_Layer):
     pruned again) it behaves as that class does."""
 
     history: History | None = None
+    announced: bool = False
 
     @property
     def dropped(self) -> int:
         return 0 if self.history is None else self.history.dropped
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.history is not None and not torch.compiler.is_compiling():
+            self._heard()
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def _heard(self) -> None:
+        """Refuse tokens whose mask and positions nobody has fitted to what the layer holds."""
+        if not self.announced:
+            raise UnsupportedError(
+                "this cache was pruned, and the pruner that knows how to read it has been detached; begin with an "
+                "empty cache, or keep the pruner attached (inside adaptinfer.disabled(model) it only reads)"
+            )
+        self.announced = False
 
     def hold(self, history: History) -> None:
         """Take note of what the layer is about to hold."""
@@ -173,6 +190,7 @@ class Pruned(_Layer):
 
     def _to_remove(self, tokens: int) -> int:
         """Newest tokens to forget (a negative count; older transformers pass the positive length to keep)."""
+        tokens = int(tokens)  # a tensor in older transformers
         if not tokens:
             return 0  # static layers count on the device: reading that waits for it
         seen = int(self.get_seq_length())
@@ -273,6 +291,8 @@ class PrunedStaticSlidingLayer(_PrunedStatic, StaticSlidingWindowLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.history is None:
             return StaticSlidingWindowLayer.update(self, key_states, value_states, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            self._heard()
         self.cumulative_length_int += key_states.shape[-2]
         return StaticLayer.update(self, key_states, value_states, *args, **kwargs)
 
@@ -339,6 +359,27 @@ def check_cache(cache: Any, pruning: bool = True) -> None:
         )
 
 
+def check_cache_kind(model: Any) -> None:
+    """Refuse a model whose own cache, as `generate` makes it, cannot hold layers of different length.
+
+    Raises:
+        UnsupportedError: naming the class.
+    """
+    config = model.config.get_text_config()
+    if getattr(model, "_supports_default_dynamic_cache", lambda: True)() is False:
+        raise UnsupportedError(
+            f"{model.config.model_type} brings a cache class of its own in this version of transformers, whose layers "
+            "cannot hold different lengths; it needs a newer transformers"
+        )
+    kinds = [type(layer) for layer in cache_utils.DynamicCache(config=config).layers]
+    odd = [kind for kind in kinds if issubclass(kind, cache_utils.CacheLayerMixin) and _twin(kind) is None]
+    if odd:
+        raise UnsupportedError(
+            f"{model.config.model_type} keeps its keys in {odd[0].__name__}s, of which the engine does not know how to "
+            "leave tokens out; please open an issue that names the model"
+        )
+
+
 def _check_static_windows(layers: list[Any], windows: list[Any]) -> None:
     if len(windows) == len(layers) and not all(getattr(layer, "_is_croppable", False) for layer in windows):
         raise UnsupportedError(
@@ -376,9 +417,21 @@ def hold(cache: Any, layer: int, history: History) -> None:
     layers[layer].hold(history)
 
 
-def seen_by(cache: Any, layer: int = 0) -> Any:
+def announce(cache: Any, layer: int) -> None:
+    """Tell a pruned layer that the tokens it is about to take up come with the right mask."""
+    layers = getattr(cache, "layers", ())
+    if layer < len(layers) and isinstance(layers[layer], Pruned):
+        layers[layer].announced = True
+
+
+def seen_by(cache: Any) -> Any:
     """Logical tokens that a cache has seen: an int, or a tensor for static caches (reading it waits for the device)."""
-    return 0 if cache is None else cache.get_seq_length()
+    if cache is None:
+        return 0
+    seen = cache.get_seq_length()
+    # Older transformers crop by a tensor, and sliding windows count in one from then on.
+    counted = isinstance(seen, Tensor) and not any(isinstance(each, StaticLayer) for each in cache.layers)
+    return int(seen) if counted else seen
 
 
 def mask_offset(cache: Any, layer: int, taken_up: int = 0) -> int:
@@ -397,7 +450,7 @@ def mask_offset(cache: Any, layer: int, taken_up: int = 0) -> int:
         seen, window = held.cumulative_length_int, held.max_cache_len
     else:
         seen, window = held.cumulative_length, held.sliding_window
-    return max(seen - taken_up - window + 1, 0)
+    return max(int(seen) - taken_up - window + 1, 0)
 
 
 def keys_of(cache: Any, layer: int, history: History, seen: int | None, new: int, held: int) -> tuple[int, int] | Keys:

@@ -58,6 +58,12 @@ _COMPACT = frozenset({"llama", "mistral", "qwen2", "qwen3"})  # one rotary embed
 # Layer inputs with a row per token, besides hidden states, positions and masks: Gemma 4, Ernie 4.5.
 _TOKEN_INPUTS = ("per_layer_input", "moe_mm_token_type_ids")
 _ATTENTION = ("self_attn", "attn", "attention")
+_REFUSED = {
+    "llama4": "its attention counts positions from the number of tokens it is given, so survivors would be taken for "
+    "the first tokens of the prompt",
+    "mllama": "it reads its image by cross-attention; there are no vision tokens among the text that could be pruned",
+}
+_SCALED = ("Ministral3", "Llama4")  # attention classes that scale queries by their positions
 _RECURRENT = ("linear_attn", "conv", "mamba")
 _USUAL_INPUTS = ("hidden_states", "position_embeddings", "position_ids", "attention_mask")
 _BACKENDS = ("sdpa", "eager", "flex_attention")
@@ -103,6 +109,8 @@ def family_of(model: nn.Module) -> Family:
     if getattr(config, "model_type", None) is None or not hasattr(model, "get_decoder"):
         raise UnsupportedError(f"{type(model).__name__} is not a transformers model; load one with from_pretrained")
     placeholders, model_type = placeholders_of(config), config.model_type
+    if model_type in _REFUSED:
+        raise UnsupportedError(f"{model_type}: {_REFUSED[model_type]}")
     layers = _layers_of(model, model_type)
     text = config.get_text_config()
     check_backend(text)
@@ -219,6 +227,11 @@ def _checked_layers(layers: Any, model_type: str) -> frozenset[int]:
             raise UnsupportedError(
                 f"{model_type}: {type(attention).__name__} does not use transformers' attention interface, where the "
                 f"scores are taken{_WAY_OUT}"
+            )
+        elif type(attention).__name__.startswith(_SCALED) and "cache_position" in _parameters(attention):
+            raise UnsupportedError(
+                f"{model_type}: {type(attention).__name__} scales queries by one position for the whole batch, but "
+                "survivors of different samples stand at different ones; it needs a newer transformers (5.8 will do)"
             )
         elif getattr(attention, "sinks", None) is not None:
             raise UnsupportedError(f"{model_type}: attention sinks ({type(attention).__name__}) are not supported yet")

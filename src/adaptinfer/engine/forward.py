@@ -16,7 +16,9 @@ from torch import Tensor
 from adaptinfer.engine.cache import (
     History,
     Keys,
+    announce,
     cache_argument,
+    check_cache,
     history_of,
     hold,
     keys_of,
@@ -81,7 +83,7 @@ class Forward:
         pruner: Pruner,
         past: int | None,
         length: int,
-        prompt: int,
+        tail: int,
         layout: PromptLayout | None,
         stages: dict[int, tuple[int, ...]],
         early_drop: bool,
@@ -91,8 +93,8 @@ class Forward:
         """Args:
         past: logical tokens cached before the call; None for one new token on a static cache, which nobody needs.
         length: N, new tokens.
-        prompt: how many of these are the prompt's; the others are guesses of assisted decoding, which do not guide
-            and may be forgotten again.
+        tail: from this of them on all are text, which stays whole and may be forgotten again (guesses of assisted
+            decoding).
         """
         self.owner = owner
         self.past, self.length, self.layout = past, length, layout
@@ -101,7 +103,7 @@ class Forward:
         self.segment: Segment | None = None
         self.upcoming: Segment | None = None
         self._family, self._pruner, self._early_drop, self._ranks = family, pruner, early_drop, ranks
-        self._stages, self._prompt, self._flash = stages, prompt, flash
+        self._stages, self._tail, self._flash = stages, tail, flash
         self._counts = layout.vision_counts if layout else ()
         self._memo: dict[Any, Any] = {}
         self._read_by: dict[int, tuple[History, Any, Segment | None]] = {}
@@ -240,6 +242,8 @@ class Forward:
             if hidden.shape[1] == entered:  # else the model went on with the last tokens alone, see _inputs
                 hidden = gather_tokens(hidden, upcoming.relative, dim=1)
         cache = self.cache = cache_argument(kwargs)
+        if layer == 0 and self._stages and cache is not None:
+            check_cache(cache)  # one that the model made itself; a caller's was checked before
         segment = self.segment
         if layer in self._family.recurrent:
             return hidden, {} if segment is None else self._recurrent_inputs(segment, kwargs)
@@ -262,6 +266,7 @@ class Forward:
             held = self.length if segment is None else segment.index.shape[1]
             span = (offset, keys_of(cache, layer, after, self.past, self.length, held))
             self._read_by[layer] = after, span, segment
+            announce(cache, layer)
             given_to_source = segment
         newest = given_to_source is segment  # else its queries are some of its newest keys only
         return hidden, self._inputs(layer, before, after, span, newest, hidden, kwargs)
@@ -289,8 +294,8 @@ class Forward:
     def _history_after(self, segment: Segment, before: History | None) -> History:
         def make() -> History:
             assert self.past is not None
-            end = self.past + self._prompt
-            index = segment.index[:, : segment.index.shape[1] - (self.length - self._prompt)]
+            end = self.past + self._tail
+            index = segment.index[:, : segment.index.shape[1] - (self.length - self._tail)]
             valid = None if segment.valid is None else segment.valid[:, : index.shape[1]]
             columns = self.past + index
             if before is not None or self.past:
@@ -311,7 +316,7 @@ class Forward:
                 columns = torch.cat(parts, dim=1)
             shift = None
             if self._pruner.positions == "compact":
-                shift = self._dropped_before(segment)[:, self._prompt - 1 : self._prompt]
+                shift = self._dropped_before(segment)[:, self._tail - 1 : self._tail]
                 shift = shift if before is None or before.shift is None else shift + before.shift.to(shift.device)
             return History(columns, valid, end, shift)
 
@@ -433,6 +438,8 @@ def decoding_inputs(family: Family, layer: int, hidden: Tensor, kwargs: dict[str
     if history is None:
         return {}
     changed: dict[str, Any] = {}
+    if source == layer and not torch.compiler.is_compiling():
+        announce(cache, layer)
     new = hidden.shape[1]
     past = _seen_before(cache, layer, source, new)
     keys = keys_of(cache, source, history, past, new, new)

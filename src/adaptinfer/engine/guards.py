@@ -22,7 +22,9 @@ __all__ = [
     "check_ids",
     "check_labels",
     "check_mask",
+    "check_padding",
     "prompt_length",
+    "refuse_continuous_batching",
 ]
 
 _ESCAPE = "or run this call inside adaptinfer.disabled(model)"
@@ -119,6 +121,31 @@ def check_flash(sources: dict[int, int], stages: Iterable[int]) -> None:
                 f"would be given fewer tokens; prune in layers before {min(sources.values())} only, or load the "
                 "model with attn_implementation='sdpa'"
             )
+
+
+def check_padding(on_the_right: bool) -> None:
+    """Refuse to generate from prompts that end with padding, whose last rows are no token's.
+
+    Raises:
+        UnsupportedError: a prompt does.
+    """
+    if on_the_right:
+        raise UnsupportedError(
+            "a prompt of the batch is padded on its right, so generate would go on from padding; pad on the left "
+            f"(processor.tokenizer.padding_side = 'left'), {_ESCAPE}"
+        )
+
+
+def refuse_continuous_batching(name: str, *args: Any, **kwargs: Any) -> Any:
+    """Stand in for a method that batches requests as they come.
+
+    Raises:
+        UnsupportedError: always.
+    """
+    raise UnsupportedError(
+        f"{name}: continuous batching packs requests into one row and pages their caches, which pruning does not "
+        "support; call generate, or detach first"
+    )
 
 
 def check_mask(mask: Any) -> None:

@@ -25,6 +25,8 @@ class PromptLayout:
         unguided_counts: vision tokens of rows without text behind them; nothing guides, so all of them stay.
         text_counts: guiding tokens of each row.
         real_counts: tokens of each row without padding.
+        tail: from this position on all tokens of all rows are real text; N if there is no such position.
+        right_padded: whether a row ends with padding.
     """
 
     vision: Tensor
@@ -34,6 +36,8 @@ class PromptLayout:
     unguided_counts: tuple[int, ...]
     text_counts: tuple[int, ...]
     real_counts: tuple[int, ...]
+    tail: int
+    right_padded: bool
 
     @property
     def length(self) -> int:
@@ -46,7 +50,7 @@ def read_layout(
 ) -> PromptLayout:
     """Find vision and guiding text tokens by the placeholder ids; several images and text between them are fine.
 
-    This is the one place of a pruned forward that reads a tensor on the host: four integers a row, before the first
+    This is the one place of a pruned forward that reads a tensor on the host: seven integers a row, before the first
     decoder layer. Everything behind it has static shapes.
 
     Args:
@@ -74,9 +78,18 @@ def read_layout(
         text = text & (positions < prompt)
     guided = text.any(dim=1, keepdim=True)
     found, vision = vision, vision & guided
-    real_count = torch.full_like(last[:, 0], length) if real is None else real.sum(dim=1)
-    counts = torch.stack([vision.sum(dim=1), (found & ~guided).sum(dim=1), text.sum(dim=1), real_count]).tolist()
-    return PromptLayout(vision, text, real, *(tuple(row) for row in counts))
+    behind = last.max() + 1
+    if real is None:
+        real_count, closed = torch.full_like(last[:, 0], length), torch.ones_like(last[:, 0])
+        whole = torch.ones_like(behind)
+    else:
+        real_count, closed = real.sum(dim=1), real[:, -1]
+        whole = (real | (positions < behind)).all()
+    per_row = [vision.sum(dim=1), (found & ~guided).sum(dim=1), text.sum(dim=1), real_count, closed.long()]
+    once = torch.stack([behind, whole.long()])[:, None].expand(-1, input_ids.shape[0])
+    *counts, ends, behind_all, whole_all = torch.cat([torch.stack(per_row), once]).tolist()
+    tail = behind_all[0] if whole_all[0] else length
+    return PromptLayout(vision, text, real, *map(tuple, counts), tail=tail, right_padded=not all(ends))
 
 
 def rectangle(mask: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
