@@ -122,6 +122,11 @@ def _environments(environments: dict[str, Any]) -> str:
         if failed:
             shown = ", ".join(failed[:12]) + (f" and {len(failed) - 12} more" if len(failed) > 12 else "")
             failures.append(f"Failing on transformers {about['transformers']} ({name}): {shown}.\n")
+    lines += [
+        "",
+        "Skipped on older versions is what these cannot do themselves, and what is refused on them: `OLDER` and",
+        "`OLDER_TESTS` in `tests/conftest.py` list the reasons.",
+    ]
     return "\n".join([*lines, "", *failures])
 
 
