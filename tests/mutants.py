@@ -132,7 +132,7 @@ MUTANTS = [
         "    def set(self, value): self.value = value\n"
         "    def reset(self, token): self.value = None\n"
         "ACTIVE = _Global()",
-        "tests/test_engine_exact.py::test_two_threads_on_one_model",
+        "tests/test_parallel.py::test_threads_with_prompts_of_their_own",
     ),
     Mutant(
         "12: indices of the second stage are not mapped back to the prompt",

@@ -66,8 +66,10 @@ def test_compiled_decoding_is_decoding(name):
             agree(answer(model, inputs, **compiled()), plain, tolerance)
             for one, other in zip(kept, handle.report.kept, strict=True):
                 assert all(map(torch.equal, one, other))
-            # Gemma's static windows are counted in an int, which dynamo turns into a symbol at its second value.
-            assert counters["stats"]["unique_graphs"] <= (2 if name.startswith("gemma") else 1)
+            # Gemma's static windows are counted in an int, which dynamo turns into a symbol at its second value; older
+            # versions of torch do so with the lengths of another prompt.
+            again = name.startswith("gemma") + (tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13))
+            assert counters["stats"]["unique_graphs"] <= 1 + again
     assert not counters["graph_break"]
 
 

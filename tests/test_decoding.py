@@ -913,3 +913,16 @@ def test_guidance_by_the_text_alone_is_not_reported():
         expected = handle.report.tokens_per_layer
         answer(model, inputs, guidance_scale=1.5)
         assert handle.report.tokens_per_layer == expected
+
+
+def test_a_static_cache_has_room_for_what_is_kept():
+    model, inputs = model_of("llava"), inputs_of("llava", "single")
+    total = 160
+    cache = static(model, total)
+    with attach(model, AdaptInfer(schedule=SCHEDULE)) as handle:
+        answer(model, inputs, past_key_values=cache)
+        given = [tokens for (tokens,) in zip(*handle.report.tokens_per_layer, strict=True)]
+        held = handle.report.kv_bytes, handle.report.vanilla_kv_bytes
+    rooms = [layer.keys.shape[2] for layer in cache.layers]
+    assert rooms == [total - (given[0] - tokens) for tokens in given]
+    assert held[0] / held[1] == pytest.approx(sum(rooms) / (total * len(rooms)))

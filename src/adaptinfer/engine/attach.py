@@ -452,7 +452,7 @@ class Handle:
         return stages
 
     def _enter_layer(self, layer: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        named = {**dict(zip(self._call_names, args, strict=False)), **kwargs}
+        named = {**dict(zip(self._call_names[: len(args)], args, strict=True)), **kwargs}
         hidden = named.pop("hidden_states")
         if torch.compiler.is_compiling() and hidden.shape[1] == 1:
             changed = self._decoding_inputs(layer, hidden, named)
