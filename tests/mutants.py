@@ -206,9 +206,9 @@ MUTANTS = [
     ),
     Mutant(
         "the padding of a later turn is read from the wrong end of the mask",
-        "engine/layout.py",
-        "attention_mask[:, -length:]",
-        "attention_mask[:, :length]",
+        "engine/masks.py",
+        "return mask[:, -length:].bool()",
+        "return mask[:, :length].bool()",
         "tests/test_engine_more.py",
     ),
     Mutant(

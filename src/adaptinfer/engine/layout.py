@@ -55,7 +55,7 @@ def read_layout(
 
     Args:
         input_ids: int64 [B, N], the new tokens of this call.
-        attention_mask: [B, P + N] or [B, N], 0 is padding, P tokens being cached already; None means no padding.
+        attention_mask: [B, N], 0 is padding; None means no padding.
         placeholders: token ids that stand for vision tokens.
         prompt: tokens that belong to the prompt; those behind are guesses of assisted decoding and never guide.
     """
@@ -66,7 +66,7 @@ def read_layout(
     positions = torch.arange(length, device=input_ids.device)
     real = None
     if attention_mask is not None:
-        real = attention_mask[:, -length:].to(device=input_ids.device, dtype=torch.bool)
+        real = attention_mask.to(device=input_ids.device, dtype=torch.bool)
         vision = vision & real  # a masked image is padding: nothing attends to it
     if prompt is not None:
         vision = vision & (positions < prompt)  # a guessed placeholder is a word like any other
