@@ -341,12 +341,14 @@ class Forward:
         rows = index if index is None or not cut else index - (self.length - given)
 
         def make() -> dict[str, Any]:
-            columns = keys if isinstance(keys, Keys) else after.entries(*keys)
-            if self._flash and columns.room and self.past is not None:
-                # Whether its queries are padding, FlashAttention reads from the last columns: no room behind them.
-                columns = columns.first(self.past + self.length - after.dropped)
             inputs: dict[str, Any] = {}
-            if "attention_mask" in kwargs:
+            # Plainly causal stays so, as `layer_mask` would say; then there is no need to lay out the columns.
+            plain = mask is None and newest and after.valid is None and not isinstance(keys, Keys)
+            if "attention_mask" in kwargs and not plain:
+                columns = keys if isinstance(keys, Keys) else after.entries(*keys)
+                if self._flash and columns.room and self.past is not None:
+                    # Whether its queries are padding, FlashAttention reads from the last columns: no room behind them.
+                    columns = columns.first(self.past + self.length - after.dropped)
                 positions = self._positions(layer, index, given, hidden) if mask is None else None
                 inputs["attention_mask"] = layer_mask(mask, rows, columns, offset, positions, self._flash, newest)
             numbers = kwargs.get("position_ids")
