@@ -1,0 +1,119 @@
+"""The training script, at toy size: both phases learn, a run in pieces is the run in one go, the export loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from adaptinfer.embedded.world.render import render
+from adaptinfer.embedded.world.scene import sample_scene
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+
+import train  # pyright: ignore
+from config import PRESETS
+from data import IGNORED, PAIR, SINGLE, TARGETS, Lessons, patch_labels
+from language import train_language
+from llava import build_tokenizer
+from tower import train_tower
+
+TOY = dataclasses.replace(PRESETS["toy"], tower_steps=6, align_steps=2, steps=4, evaluate_every=2, held_out=4)
+EVENLY = dict.fromkeys((*SINGLE, PAIR), 1.0)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folders of one run in one go, and of the same in pieces that end at every save."""
+    whole, pieces = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("pieces")
+    assert train_tower(TOY, whole, 99) and train_language(TOY, whole, 99)
+    calls = 1
+    while not train_tower(TOY, pieces, 0):
+        calls += 1
+    while not train_language(TOY, pieces, 0):
+        calls += 1
+    assert calls > 4
+    return whole, pieces
+
+
+def test_a_run_in_pieces_is_the_run_in_one_go(trained):
+    for name in ("tower.pt", "language.pt"):
+        whole, pieces = (torch.load(folder / name, weights_only=True) for folder in trained)
+        assert whole["step"] == pieces["step"]
+        _same(whole["muon"], pieces["muon"])
+        _same(whole["adamw"], pieces["adamw"])
+        part = "model" if name == "language.pt" else "tower"
+        _same(whole[part], pieces[part])
+
+
+def _same(one: Any, other: Any) -> None:
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            _same(one[key], other[key])
+    elif isinstance(one, list):
+        for pair in zip(one, other, strict=True):
+            _same(*pair)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert one == other
+
+
+def test_logs_tell_of_every_kind(trained):
+    rows = [json.loads(line) for line in (trained[0] / "language.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert set(rows[-1]["later"]) <= {*SINGLE, "follow_up"} and set(rows[-1]["pairs"]) == {PAIR}
+    train.draw_curves(trained[0])
+    assert (trained[0] / "curve.png").stat().st_size > 1000
+
+
+def test_the_export_loads_and_answers(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "toy", TOY)
+    train.export("toy", trained[0], tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    weights = torch.load(trained[0] / "language.pt", weights_only=True)["model"]
+    for name, parameter in model.state_dict().items():
+        assert torch.equal(parameter, weights[name].bfloat16().float()), name
+    inputs = processor(text="USER: <image>\nWhere is it? ASSISTANT:", images=_picture(), return_tensors="pt")
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == TOY.tokens
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+def _picture() -> Any:
+    from PIL import Image
+
+    return Image.fromarray(render(sample_scene(0, TOY.grid), 20))
+
+
+def test_lessons_depend_on_the_step_alone():
+    tokenizer = build_tokenizer()
+    one, other = (Lessons(TOY, tokenizer, steps, EVENLY) for steps in (range(3, 9), range(5, 6)))
+    first, second = one[2], other[0]
+    for name in ("pictures", "labels", "tokens", "looks"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    assert first.answers == second.answers and first.kinds == second.kinds
+    assert tokenizer.unk_token_id not in first.tokens
+    for (row, start, end), _ in zip(first.answers, first.kinds, strict=True):
+        assert first.tokens[row, start - 1] == tokenizer.convert_tokens_to_ids("ASSISTANT:")
+        assert first.tokens[row, end - 1] == tokenizer.eos_token_id
+
+
+def test_labels_name_the_middle_of_each_thing():
+    scene = sample_scene(5, 16)
+    labels = patch_labels(scene).reshape(16, 16, -1)
+    assert (labels[..., 0] == 2).sum() == len(scene.things)
+    for thing in scene.things:
+        row, col = thing.anchor
+        assert labels[row, col, 0] == 2
+        assert labels[row, col, -2:].tolist() == [row, col]
+    elsewhere = labels[labels[..., 0] != 2]
+    assert (elsewhere[:, [1, 3, 4, 5]] == IGNORED).all() and len(TARGETS) == labels.shape[-1]

@@ -1,0 +1,111 @@
+"""Everything that decides what comes out of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes, data and schedule of one run.
+
+    Attributes:
+        grid: patches along each side of a picture; grid x grid vision tokens.
+        patch: pixels along each side of a patch.
+        tower: hidden size, layers and heads of the vision tower. The layer before the last gives the features, as in
+            LLaVA; the last one serves caption matching.
+        decoder: hidden size, MLP size, layers and heads of the language model.
+        tower_steps, tower_batch: phase 1, in pictures.
+        tower_rate, tower_muon_rate: its learning rates, as ``rate`` and ``muon_rate``.
+        match_weight: weight of caption matching beside the dense per-patch targets.
+        align_steps: LLaVA's feature alignment, projector and word embeddings only.
+        steps: phase 2, ``batch`` conversations of ``turns`` questions each.
+        easy: (until this step, vision tokens shown): at first the language model is shown things and little else.
+        rate: AdamW's learning rate, for projector, embeddings, norms and head.
+        muon_rate: Muon's, for the decoder layers' matrices.
+        decay: the share of the steps, at the end, over which the learning rates fall to zero.
+        evaluate_every: steps between two looks at ``held_out`` validation scenes, and between two saves.
+    """
+
+    grid: int
+    patch: int
+    tower: tuple[int, int, int]
+    decoder: tuple[int, int, int, int]
+    tower_steps: int
+    tower_batch: int
+    steps: int
+    batch: int
+    easy: tuple[tuple[int, int], ...]
+    held_out: int
+    evaluate_every: int
+    seed: int = 0
+    tower_rate: float = 2e-3
+    tower_muon_rate: float = 3e-3
+    match_weight: float = 0.2
+    align_steps: int = 300
+    turns: int = 8
+    rate: float = 1e-3
+    muon_rate: float = 2e-3
+    warmup: int = 100
+    decay: float = 0.4
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        """Vision tokens of a picture."""
+        return self.grid * self.grid
+
+    @property
+    def side(self) -> int:
+        """Pixels along each side of a picture."""
+        return self.grid * self.patch
+
+
+PRESETS: dict[str, Config] = {
+    # Seconds: shows that every part works.
+    "toy": Config(
+        grid=12,
+        patch=12,
+        tower=(64, 3, 4),
+        decoder=(64, 128, 4, 4),
+        tower_steps=20,
+        tower_batch=16,
+        align_steps=20,
+        steps=20,
+        batch=4,
+        turns=4,
+        easy=((10, 24),),
+        held_out=8,
+        evaluate_every=10,
+    ),
+    # Hours on two cores.
+    "cpu": Config(
+        grid=16,
+        patch=12,
+        tower=(128, 3, 4),
+        decoder=(192, 512, 12, 4),
+        tower_steps=1200,
+        tower_batch=64,
+        steps=4000,
+        batch=32,
+        easy=((2000, 48), (3000, 96)),
+        held_out=200,
+        evaluate_every=100,
+    ),
+    # Under half an hour on one data-centre GPU.
+    "full": Config(
+        grid=24,
+        patch=14,
+        tower=(192, 6, 6),
+        decoder=(320, 768, 16, 5),
+        tower_steps=4000,
+        tower_batch=256,
+        steps=7000,
+        batch=64,
+        turns=10,
+        easy=((3000, 96), (5000, 256)),
+        held_out=500,
+        evaluate_every=250,
+    ),
+}
