@@ -20,6 +20,7 @@ class Config:
         match_weight: weight of caption matching beside the dense per-patch targets.
         align_steps: LLaVA's feature alignment, projector and word embeddings only.
         steps: phase 2, ``batch`` conversations of ``turns`` questions each.
+        basics: until this step only kinds that look up one thing are asked, :data:`data.BASICS`.
         easy: (until this step, vision tokens shown): at first the language model is shown things and little else.
         rate: AdamW's learning rate, for projector, embeddings, norms and head.
         muon_rate: Muon's, for the decoder layers' matrices.
@@ -35,6 +36,7 @@ class Config:
     tower_batch: int
     steps: int
     batch: int
+    basics: int
     easy: tuple[tuple[int, int], ...]
     held_out: int
     evaluate_every: int
@@ -75,6 +77,7 @@ PRESETS: dict[str, Config] = {
         steps=20,
         batch=4,
         turns=4,
+        basics=5,
         easy=((10, 24),),
         held_out=8,
         evaluate_every=10,
@@ -89,6 +92,7 @@ PRESETS: dict[str, Config] = {
         tower_batch=64,
         steps=4000,
         batch=32,
+        basics=600,
         easy=((2000, 48), (3000, 96)),
         held_out=200,
         evaluate_every=100,
@@ -104,6 +108,7 @@ PRESETS: dict[str, Config] = {
         steps=7000,
         batch=64,
         turns=10,
+        basics=1000,
         easy=((3000, 96), (5000, 256)),
         held_out=500,
         evaluate_every=250,

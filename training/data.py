@@ -49,6 +49,8 @@ TARGETS = (*NAMES, "row", "col")
 IGNORED = -100
 FOLLOW_UP, PAIR = "follow_up", "pair"
 SINGLE = tuple(kind for kind in KINDS if kind not in (FOLLOW_UP, PAIR))
+BASICS = ("attribute", "exists", "read", "where")
+"""Kinds that look up one thing; the others build on them."""
 _INDEX = {name: {value: i for i, value in enumerate(values)} for name, values in NAMES.items()}
 _HARD_SHARE = 0.2  # of training scenes
 
@@ -167,7 +169,8 @@ class Lessons(Dataset):
         config: the run's.
         tokenizer: the model's; None draws pictures without questions, for the tower.
         steps: which steps, in order.
-        weights: how often each kind of :data:`SINGLE` is asked, and :data:`PAIR`'s share of the batches.
+        weights: how often each kind of :data:`SINGLE` is asked, :data:`PAIR`'s share of the batches, and
+            :data:`FOLLOW_UP`'s of the conversations of a batch: those in which a turn can refer to the one before.
     """
 
     def __init__(self, config: Config, tokenizer: Words | None, steps: range, weights: dict[str, float]) -> None:
@@ -200,7 +203,7 @@ class Lessons(Dataset):
 
     def _ask(self, scene: Scene, chance: Chance) -> list[Question]:
         turns, seed = self._config.turns, chance.integer(0, 2**31)
-        if chance.happens(0.25):
+        if chance.happens(self._weights[FOLLOW_UP]):
             return conversation(scene, seed, turns)
         kinds = Counter(chance.weighted(SINGLE, [self._weights[kind] for kind in SINGLE]) for _ in range(turns))
         asked = [
@@ -208,7 +211,9 @@ class Lessons(Dataset):
             for i, (kind, count) in enumerate(sorted(kinds.items()))
             for question in questions_for(scene, seed + i, count, kinds=(kind,))
         ]
-        asked += questions_for(scene, seed - 1, turns - len(asked))  # for kinds that this scene cannot be asked about
+        kinds_asked = [kind for kind in SINGLE if self._weights[kind]]
+        # In place of kinds that this scene cannot be asked about.
+        asked += questions_for(scene, seed - 1, turns - len(asked), kinds=kinds_asked)
         return chance.shuffle(asked)
 
 

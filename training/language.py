@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from config import Config
-from data import NAMES, PAIR, SINGLE, Batch, batches, validation
+from data import BASICS, FOLLOW_UP, NAMES, PAIR, SINGLE, Batch, batches, validation
 from llava import Model, Words, build_model, build_tokenizer
 from run import Clock, device, load, log, optimizers_for, save, schedule, set_rate
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from tower import look
 from adaptinfer.embedded.world.wordings import PLURALS
 
 _LEAST = 0.25  # how often a kind that is always right is asked, beside one that is always wrong
-_PAIRS = 0.15  # share of batches about two pictures, at most
+_PAIRS, _FOLLOW_UPS = 0.15, 0.3  # share of batches about two pictures, of conversations that refer back, about
 
 
 def features_of(model: Model, batch: Batch) -> Tensor:
@@ -74,8 +74,11 @@ def things_first(labels: Tensor, count: int, seed: int) -> Tensor:
     return (chance + labels).topk(min(count, labels.shape[1])).indices.sort().values
 
 
-def accuracy(model: Model, features: Tensor, batch: Batch) -> dict[str, float]:
-    """Share of answers that are right to the last token, by kind: as greedy decoding would give them."""
+def accuracy(model: Model, features: Tensor, batch: Batch, shown: Tensor | None) -> dict[str, float]:
+    """Share of answers that are right to the last token, by kind: as greedy decoding would give them.
+
+    Args: as of `answer_logits`.
+    """
     answers: list[bool] = []
     step = 50
     for start in range(0, len(features), step):
@@ -84,7 +87,8 @@ def accuracy(model: Model, features: Tensor, batch: Batch) -> dict[str, float]:
             batch.pictures[:0], batch.labels[:0], batch.tokens[start : start + step], some, [], batch.looks[:0]
         )
         with torch.no_grad(), torch.autocast(device().type, torch.bfloat16):
-            logits, right, questions = answer_logits(model, features[start : start + step], part)
+            some_shown = None if shown is None else shown[start : start + step]
+            logits, right, questions = answer_logits(model, features[start : start + step], part, some_shown)
         wrong = torch.zeros(len(some), device=right.device).index_add(
             0, questions, (logits.argmax(-1) != right).float()
         )
@@ -128,6 +132,8 @@ def align(model: Model, tokenizer: Words, batch: Iterator[Batch], config: Config
         loss.backward()
         optimizer.step()
         set_rate(optimizer, config.rate * schedule(step, config.align_steps, 20, 0.5))
+    with torch.no_grad():  # so that what was read in the picture can be said at once
+        model.lm_head.weight.copy_(embedding)
     print(f"aligned: loss {loss.item():.3f}", flush=True)
 
 
@@ -144,10 +150,12 @@ def _word_tables(tokenizer: Words) -> list[Tensor]:
     return tables
 
 
-def _weights(shares: dict[str, float]) -> dict[str, float]:
-    """How often each kind is asked, from how well it is answered."""
-    weights = {kind: _LEAST + (1 - shares.get(kind, 0.0)) for kind in SINGLE}
-    return {**weights, PAIR: _PAIRS * (_LEAST + (1 - shares.get(PAIR, 0.0)))}
+def _weights(shares: dict[str, float], step: int, config: Config) -> dict[str, float]:
+    """How often each kind is asked after a step, from how well it is answered."""
+    need = {kind: _LEAST + (1 - shares.get(kind, 0.0)) for kind in (*SINGLE, FOLLOW_UP, PAIR)}
+    if step < config.basics:
+        return {kind: need[kind] if kind in BASICS else 0.0 for kind in need}
+    return {**need, FOLLOW_UP: _FOLLOW_UPS * need[FOLLOW_UP], PAIR: _PAIRS * need[PAIR]}
 
 
 def train_language(config: Config, out: Path, minutes: float) -> bool:
@@ -160,12 +168,15 @@ def train_language(config: Config, out: Path, minutes: float) -> bool:
     model.model.vision_tower.load_state_dict(tower)
     # Rounded to what is shipped, so that the language model learns on exactly the features it will get.
     model.model.vision_tower.to(torch.bfloat16).float().requires_grad_(False)
+    if device().type == "cpu":
+        model.model.language_model.set_attn_implementation("eager")  # three times as fast there in bfloat16
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizers = optimizers_for(
         model.model.language_model.layers, learning, config.rate, config.muon_rate, config.weight_decay
     )
     parts = {"model": model, **optimizers}
-    weights = _weights({})
+    weights = _weights({}, 0, config)
+    begun = saved.exists()
     step = load(saved, parts, clock, weights=weights)
     if step == config.steps:
         return True
@@ -173,8 +184,9 @@ def train_language(config: Config, out: Path, minutes: float) -> bool:
     pairs = validation(config, tokenizer, config.turns, pair=True)
     sets = {"later": later, "first": first, "pairs": pairs}
     seen = {name: features_of(model, batch) for name, batch in sets.items()}
-    if step == 0:
-        align(model, tokenizer, batches(config, tokenizer, range(-config.align_steps, 0), {**weights, PAIR: 0}), config)
+    if not begun:
+        align(model, tokenizer, batches(config, tokenizer, range(-config.align_steps, 0), weights), config)
+        save(saved, parts, 0, clock, weights=weights)
     losses: list[Tensor] = []
     while step < config.steps:
         end = min(step + config.evaluate_every, config.steps)
@@ -183,8 +195,8 @@ def train_language(config: Config, out: Path, minutes: float) -> bool:
             losses.append(_learn(model, optimizers, batch, step, config))
             if step % 20 == 0:
                 print(f"{step} loss {torch.stack(losses[-20:]).mean():.3f} {clock.total:.0f} s", flush=True)
-        shares = {name: accuracy(model, seen[name], batch) for name, batch in sets.items()}
-        weights = _weights({**shares["later"], **shares["pairs"]})
+        shares = {name: accuracy(model, seen[name], batch, _shown(batch, step, config)) for name, batch in sets.items()}
+        weights = _weights({**shares["later"], **shares["pairs"]}, step, config)
         mean = torch.stack(losses).mean().item()
         losses = []
         log(out / "language.jsonl", step=step, seconds=round(clock.total), loss=round(mean, 4), **shares)
@@ -194,13 +206,17 @@ def train_language(config: Config, out: Path, minutes: float) -> bool:
     return step == config.steps
 
 
+def _shown(batch: Batch, step: int, config: Config) -> Tensor | None:
+    """The vision tokens that are shown at a step, as `answer_logits` takes them; None for all."""
+    count = next((count for until, count in config.easy if step <= until), None)
+    if count is None:
+        return None
+    return things_first(batch.labels[..., 0].flatten(1), batch.labels.shape[1] * count, step).to(device())
+
+
 def _learn(model: Model, optimizers: dict[str, Any], batch: Batch, step: int, config: Config) -> Tensor:
     """One step; returns the loss."""
-    features, shown = features_of(model, batch), None
-    count = next((count for until, count in config.easy if step <= until), None)
-    if count is not None:
-        images = batch.labels.shape[1]
-        shown = things_first(batch.labels[..., 0].flatten(1), images * count, step).to(device())
+    features, shown = features_of(model, batch), _shown(batch, step, config)
     with torch.autocast(device().type, torch.bfloat16):
         logits, right, _ = answer_logits(model, features, batch, shown)
     loss = cross_entropy(logits.float(), right)
