@@ -28,6 +28,8 @@ from adaptinfer.files import write_whole
 
 FORMAT = "adaptinfer.schedule"
 VERSION = 1
+BEFORE = -1
+"""The layer of a stage that acts before the language model: layer 0 is given what it keeps."""
 
 
 class ScheduleError(AdaptInferError, ValueError):
@@ -37,6 +39,8 @@ class ScheduleError(AdaptInferError, ValueError):
 @dataclass(frozen=True)
 class Stage:
     """Layer `layer` (from 0) still attends over all it was given; from layer + 1 on only `keep` vision tokens remain.
+
+    Layer -1 (`BEFORE`) is a selection before the language model: layer 0 is given `keep` vision tokens.
 
     `keep` as an int counts vision tokens; as a float in [0, 1] it is a share of those that enter the stage (so 1 is one
     token and 1.0 is all of them). A stage is validated by the Schedule it is put into, which knows its place.
@@ -267,7 +271,7 @@ class Schedule:
     def _given_and_kept(self, vision_tokens: int | None) -> list[tuple[int, int]]:
         """Per layer: vision tokens given to it, and those it hands on."""
         kept_at = dict(zip((stage.layer for stage in self.stages), self.keeps(vision_tokens), strict=True))
-        given, per_layer = self._prompt_tokens(vision_tokens), []
+        given, per_layer = kept_at.get(BEFORE, self._prompt_tokens(vision_tokens)), []
         for layer in range(self.num_layers):
             kept = kept_at.get(layer, given)
             per_layer.append((given, kept))
@@ -349,7 +353,7 @@ def _checked_stages(stages: object, num_layers: int, vision_tokens: int | None) 
     for index, stage in enumerate(stages):
         if not isinstance(stage, Stage):
             raise ScheduleError(f"stages[{index}]: must be a Stage, not {stage!r}")
-    layers = _checked_layers("stages[{}].layer", [stage.layer for stage in stages], num_layers)
+    layers = _checked_layers("stages[{}].layer", [stage.layer for stage in stages], num_layers, least=BEFORE)
     checked: list[Stage] = []
     entering = vision_tokens  # None as long as it depends on the prompt
     for index, (layer, stage) in enumerate(zip(layers, stages, strict=True)):
@@ -364,17 +368,18 @@ def _checked_stages(stages: object, num_layers: int, vision_tokens: int | None) 
     return tuple(checked)
 
 
-def _checked_layers(path: str, layers: Sequence[object], num_layers: int) -> list[int]:
+def _checked_layers(path: str, layers: Sequence[object], num_layers: int, least: int = 0) -> list[int]:
     """Strictly ascending layers before the last one. `path` is the field's name, with {} for the index."""
-    if len(layers) > num_layers - 1:
+    room = num_layers - 1 - least
+    if len(layers) > room:
         raise ScheduleError(
-            f"{path.partition('[')[0]}: {len(layers)} stages, but {num_layers} layers have room for {num_layers - 1} "
-            "(one a layer, none in the last)"
+            f"{path.partition('[')[0]}: {len(layers)} stages, but {num_layers} layers have room for {room} "
+            f"(one a layer, none in the last{'' if least == 0 else ', one before the first'})"
         )
     checked: list[int] = []
     for index, value in enumerate(layers):
         field = path.format(index)
-        layer = _whole(field, value)
+        layer = _whole(field, value, least=least)
         if layer > num_layers - 2:
             raise ScheduleError(f"{field}: must be at most {num_layers - 2} with {num_layers} layers, not {layer}")
         if checked and layer <= checked[-1]:

@@ -149,15 +149,9 @@ class Forward:
         Returns:
             How many of the key columns are in use, and what query rows may see of them, as `StageView.visible`.
         """
-        layout, segment = self.layout, self.segment
-        assert layout is not None and self.past is not None
-        device = query.device
-        if segment is None:
-            vision, text, valid = layout.vision.to(device), layout.text.to(device), layout.real
-            valid = None if valid is None else valid.to(device)
-        else:
-            segment = segment.to(device)
-            vision, text, valid = segment.vision, segment.text, segment.valid
+        layout, device = self.layout, query.device
+        assert layout is not None
+        vision, text, _ = self._tokens(device)
         keeps = self._stages[layer]
         text_index, text_mask = rectangle(text, layout.text_counts)
         vision_index, vision_mask = rectangle(vision, self._counts)
@@ -184,8 +178,33 @@ class Forward:
         score = self._pruner.score(view)
         candidates = torch.ones_like(vision_index, dtype=torch.bool) if vision_mask is None else vision_mask
         k = keeps[0] if min(keeps) == max(keeps) else torch.tensor(keeps).to(device, non_blocking=True)[:, None]
-        kept_vision = torch.zeros_like(vision).scatter(1, vision_index, top_k_mask(score, candidates, k))
+        self._settle(layer, vision_index, candidates, top_k_mask(score, candidates, k), score)
+        return used, visible
 
+    def _tokens(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of the tokens that the present layer was given: which are vision, which guide, which are real; bool [B, n]."""
+        if self.segment is not None:
+            segment = self.segment.to(device)
+            return segment.vision, segment.text, segment.valid
+        assert self.layout is not None
+        real = self.layout.real
+        return self.layout.vision.to(device), self.layout.text.to(device), None if real is None else real.to(device)
+
+    def _settle(self, layer: int, vision_index: Tensor, candidates: Tensor, chosen: Tensor, score: Tensor) -> None:
+        """Make the segment of what goes on behind a stage, and its record.
+
+        Args:
+            layer: the stage's.
+            vision_index: int64 [B, V], the vision tokens among those that the layer was given.
+            candidates: bool [B, V], which of them are real.
+            chosen: bool [B, V], which of them stay: as many as the stage keeps.
+            score: [B, V].
+        """
+        layout, segment, keeps = self.layout, self.segment, self._stages[layer]
+        assert layout is not None and self.past is not None
+        segment = None if segment is None else segment.to(vision_index.device)
+        vision, text, valid = self._tokens(vision_index.device)
+        kept_vision = torch.zeros_like(vision).scatter(1, vision_index, chosen)
         survivors = kept_vision | ~vision if valid is None else kept_vision | (valid & ~vision)
         totals = [
             real - entered + keep
@@ -213,7 +232,6 @@ class Forward:
             )
         )
         self._counts = keeps
-        return used, visible
 
     def _entries_in_use(self, layer: int, columns: int) -> int:
         """How many of a layer's key columns hold something; the last of them are those of this call."""
