@@ -291,6 +291,7 @@ def solve(
     layers: Sequence[int] | None = None,
     shape: Sequence[int | float] | None = None,
     possible: Sequence[int] | None = None,
+    like: Schedule | None = None,
 ) -> Schedule:
     """A schedule whose true average is `budget`: vision tokens per layer, or a share of all of them if below 1.
 
@@ -299,6 +300,7 @@ def solve(
     proportions of the keeps, one per stage, never growing. None takes those of the published schedule with the nearest
     label (per 576 vision tokens). `possible` names the layers in which a stage can sit at all (a model with linear
     attention has others): the default layers then move to the nearest of these, the first one rather to an earlier.
+    `like` is another published schedule, whose depths and proportions take the place of these defaults.
 
     Keeps are whole tokens near those proportions, and none exceeds `vision_tokens` (later stages then get more). The
     average comes out at most 1 % below the budget, else at most 1 % above it, else as near as whole tokens come: one
@@ -318,6 +320,8 @@ def solve(
         return Schedule((), num_layers, vision_tokens)
 
     total = average * num_layers  # in token-layers, exact
+    if like is not None:
+        layers, shape = _solver_stages_like(like, num_layers, vision_tokens, total, possible)
     depths = _solver_layers(layers, num_layers, vision_tokens, total, possible)
     head = vision_tokens * (depths[0] + 1) if depths else vision_tokens * num_layers
     if head > total:
@@ -438,15 +442,33 @@ def _solver_layers(
         if not isinstance(layers, Sequence) or isinstance(layers, str):
             raise ScheduleError(f"layers: must be a sequence of layer numbers, not {layers!r}")
         return _checked_layers("layers[{}]", list(layers), num_layers)
+    depths = [Fraction(depth, 32) for depth in _PUBLISHED_LAYERS]
+    return sorted(set(_layers_at(depths, num_layers, total / vision_tokens, possible)))
+
+
+def _solver_stages_like(
+    like: Schedule, num_layers: int, vision_tokens: int, total: Fraction, possible: Sequence[int] | None
+) -> tuple[list[int], list[int]]:
+    """Layers and proportions of another schedule's stages; of stages that fall into one layer the last one counts."""
+    depths = [Fraction(stage.layer, like.num_layers) for stage in like.stages]
+    layers = _layers_at(depths, num_layers, total / vision_tokens, possible)
+    merged = dict(zip(layers, like.keeps(like.vision_tokens or 576), strict=bool(layers)))
+    return list(merged), list(merged.values())
+
+
+def _layers_at(
+    depths: list[Fraction], num_layers: int, whole_layers: Fraction, possible: Sequence[int] | None
+) -> list[int]:
+    """Layers at relative depths, ascending. `whole_layers` is how many layers with all tokens the budget would pay."""
     allowed = [layer for layer in range(num_layers - 1) if possible is None or layer in possible]
-    if not allowed:
+    if not allowed or not depths:
         return []
-    scaled = (_round_half_up(Fraction(depth * num_layers, 32)) for depth in _PUBLISHED_LAYERS)
+    scaled = (_round_half_up(depth * num_layers) for depth in depths)
     first, *later = [min(allowed, key=lambda layer: (abs(layer - depth), layer)) for depth in scaled]
-    earliest_enough = math.floor(_MOST_BEFORE_FIRST_STAGE * total / vision_tokens) - 1
+    earliest_enough = math.floor(_MOST_BEFORE_FIRST_STAGE * whole_layers) - 1
     if first > earliest_enough:
         first = max((layer for layer in allowed if layer <= earliest_enough), default=allowed[0])
-    return sorted({first, *later})
+    return [first, *later]
 
 
 def _solver_shape(shape: Sequence[int | float] | None, depths: list[int], label: Fraction) -> list[Fraction]:
