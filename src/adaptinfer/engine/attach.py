@@ -29,7 +29,9 @@ from adaptinfer.engine.guards import (
     check_ids,
     check_labels,
     check_mask,
+    check_needs,
     check_padding,
+    check_past,
     prompt_length,
     refuse_continuous_batching,
 )
@@ -40,7 +42,7 @@ from adaptinfer.engine.report import Report
 from adaptinfer.errors import AdaptInferError, UnsupportedError
 from adaptinfer.functional import gather_tokens, scatter_tokens
 from adaptinfer.pruners.base import Pruner
-from adaptinfer.schedule import ModelShape, Schedule, ScheduleError
+from adaptinfer.schedule import BEFORE, ModelShape, Schedule, ScheduleError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -154,6 +156,8 @@ class Handle:
                 f"rotary embedding of one-dimensional positions; {self._family.model_type} has another, so use "
                 "positions='keep'"
             )
+        check_needs(self._family, pruner)
+        self._stage_layers = self._family.stage_layers(pruner.needs)
         self._model: Any = model
         self._base: Any = model.base_model
         self._decoder: Any = model.get_decoder()
@@ -169,11 +173,11 @@ class Handle:
         self._overrides: list[tuple[Any, str, Any, Any]] = []
         self._attention_configs: list[tuple[Any, Any]] = []
         self._latest: Report | None = None
+        self.pruner = pruner
         if pruner.schedule is not None:
             pruner.schedule.check(self._shape.num_layers)
             self._check_stages(pruner.schedule)
-        self.pruner = pruner
-        self.early_drop = early_drop
+        self.early_drop = early_drop and not pruner.acts_behind  # which needs the outputs of all tokens
         self._install()
         model.__dict__[_HANDLE] = self
 
@@ -192,17 +196,18 @@ class Handle:
             ScheduleError: the budget cannot be met for such a prompt.
         """
         if vision_tokens not in self._plans:
-            schedule = self.pruner.plan(self._shape.num_layers, vision_tokens, self._family.scoring)
+            schedule = self.pruner.plan(self._shape.num_layers, vision_tokens, self._stage_layers)
             self._check_stages(schedule)
             self._plans[vision_tokens] = schedule
         return self._plans[vision_tokens]
 
     def _check_stages(self, schedule: Schedule) -> None:
-        odd = [stage.layer for stage in schedule.stages if stage.layer not in self._family.scoring]
+        odd = [stage.layer for stage in schedule.stages if stage.layer not in (BEFORE, *self._stage_layers)]
         if odd:
             raise ScheduleError(
                 f"stages: layer {odd[0]} has no keys of its own to score with (linear attention, or keys of an earlier "
-                f"layer); {self._family.model_type} can prune in layers {', '.join(map(str, self._family.scoring))}"
+                f"layer){', or stands before one' if self.pruner.acts_behind else ''}; {self.pruner.name} can prune "
+                f"{self._family.model_type} in layers {', '.join(map(str, self._stage_layers))}"
             )
 
     def detach(self) -> None:
@@ -422,6 +427,7 @@ class Handle:
                     check_flash(self._family.sources, stages)
                 if cache is not None:
                     check_cache(cache)
+                    check_past(self.pruner, cache, past)
                 if self.early_drop:
                     self._hook_stages(stages)
         tail = length if layout is None else layout.tail
@@ -481,7 +487,7 @@ class Handle:
                 f"{hidden.shape[1]} tokens reach the decoder where the prompt has {forward.length}: the model does not "
                 "put its vision tokens in place of as many placeholder ids, so they cannot be told from text"
             )
-        return forward.enter(layer, hidden, named)
+        return forward.enter(layer, hidden, named, self._decoder.layers[layer].forward)
 
     @_outside_graphs
     def _drop_rows(self, layer: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -623,6 +629,7 @@ def _attention_of_call(
         return attend(caller, query, key, value, attention_mask, **kwargs)
     if is_flash(backend) and forward.segment is not None:
         kwargs.pop("position_ids", None)  # survivors' gaps would be taken for the seams of packed sequences
+    forward.answer(query, key, attention_mask, kwargs)
     layer = module.layer_idx
     if not forward.scores_in(layer):
         return attend(caller, query, key, value, attention_mask, **kwargs)

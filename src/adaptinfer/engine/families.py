@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from adaptinfer.engine.rotary import rotary_function
 from adaptinfer.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Family:
         sources: for layers that read the keys of an earlier layer, which one (Gemma 4).
         token_inputs: names of further layer inputs that have a row per token.
         rotary: rotary embedding of renumbered positions; None where survivors cannot be renumbered.
+        rotate: for each scoring layer that shows it, how it puts rotary embedding on queries and keys.
     """
 
     model_type: str
@@ -93,6 +95,15 @@ class Family:
     sources: dict[int, int]
     token_inputs: tuple[str, ...]
     rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    rotate: dict[int, Callable[[Tensor, Tensor, Tensor], Tensor]]
+
+    def stage_layers(self, needs: frozenset[str]) -> tuple[int, ...]:
+        """Layers in which a stage of a method with these `Pruner.needs` may sit."""
+        if "next" in needs:  # whose keys are scored
+            return tuple(layer - 1 for layer in self.scoring if layer)
+        if "output" in needs:  # layers that share keys may be given the last tokens alone, the others' outputs are gone
+            return tuple(layer for layer in self.scoring if layer + 1 not in self.sources)
+        return self.scoring
 
     def key_source(self, layer: int) -> int:
         """The layer whose keys a layer reads: its own, as a rule."""
@@ -116,15 +127,18 @@ def family_of(model: nn.Module) -> Family:
     check_backend(text)
     recurrent = _checked_layers(layers, model_type)
     sources = _key_sources(text, len(layers))
+    scoring = tuple(i for i in range(len(layers)) if i not in recurrent and i not in sources)
+    rotate = {i: rotary_function(attention_of(layers[i])) for i in scoring}
     family = Family(
         model_type=model_type,
         placeholders=placeholders,
         heads=text.num_attention_heads,
-        scoring=tuple(i for i in range(len(layers)) if i not in recurrent and i not in sources),
+        scoring=scoring,
         recurrent=recurrent,
         sources=sources,
         token_inputs=_TOKEN_INPUTS,
         rotary=model.get_decoder().rotary_emb if text.model_type in _COMPACT else None,  # pyright: ignore
+        rotate={i: function for i, function in rotate.items() if function is not None},
     )
     if model_type not in TESTED:
         _probe(model, family)

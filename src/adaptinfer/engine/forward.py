@@ -6,6 +6,7 @@ two models in one thread, never see each other's.
 
 from __future__ import annotations
 
+import dataclasses
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,16 +29,17 @@ from adaptinfer.engine.cache import (
 from adaptinfer.engine.layout import PromptLayout, rectangle
 from adaptinfer.engine.masks import layer_mask, recurrent_mask, visible_keys
 from adaptinfer.engine.report import StageRecord
-from adaptinfer.engine.stage import StageView
+from adaptinfer.engine.rotary import Rotation
+from adaptinfer.engine.stage import PromptView, StageView
 from adaptinfer.errors import UnsupportedError
-from adaptinfer.functional import gather_tokens, positions_of, scatter_tokens, top_k_mask
+from adaptinfer.functional import gather_tokens, positions_of, scatter_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from adaptinfer.engine.families import Family
     from adaptinfer.engine.parallel import Ranks
-    from adaptinfer.pruners.base import Pruner
+    from adaptinfer.pruners.base import Pruner, Selection
 
 __all__ = ["ACTIVE", "Forward", "Segment"]
 
@@ -73,6 +75,13 @@ class Segment:
         return Segment(self.layer, *(part if part is None else part.to(device) for part in parts))  # pyright: ignore
 
 
+class _Asked(Exception):
+    """Ends a layer that was only asked for its queries and keys, and carries them."""
+
+    def __init__(self, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> None:
+        self.query, self.key, self.mask, self.options = query, key, mask, options
+
+
 class Forward:
     """State of one call. ``stages`` maps a layer to the vision tokens that each sample keeps behind it."""
 
@@ -105,6 +114,11 @@ class Forward:
         self._family, self._pruner, self._early_drop, self._ranks = family, pruner, early_drop, ranks
         self._stages, self._tail, self._flash = stages, tail, flash
         self._counts = layout.vision_counts if layout else ()
+        self._behind = frozenset(layer for layer in stages if layer >= 0) if pruner.acts_behind else frozenset()
+        self._asking = False
+        self._waiting: StageView | None = None  # of a stage that acts behind its layer, while that runs
+        self._entered: tuple[Tensor, Any] | None = None  # hidden states and rotary embedding given to a stage's layer
+        self._embeddings: Tensor | None = None
         self._memo: dict[Any, Any] = {}
         self._read_by: dict[int, tuple[History, Any, Segment | None]] = {}
 
@@ -116,8 +130,13 @@ class Forward:
     # -- inside a pruning layer -------------------------------------------------------------------------------------
 
     def scores_in(self, layer: int) -> bool:
-        """Whether a stage sits in this layer."""
-        return layer in self._stages
+        """Whether this layer's attention is where a stage looks; some look at the layer behind theirs."""
+        return layer in self._stages and "next" not in self._pruner.needs
+
+    def answer(self, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> None:
+        """End the layer here, if it was only asked for its queries and keys."""
+        if self._asking:
+            raise _Asked(query, key, mask, options)
 
     def check_stages(self) -> None:
         """Raise unless every stage was met: a layer whose attention went another way would go on unpruned."""
@@ -149,19 +168,103 @@ class Forward:
         Returns:
             How many of the key columns are in use, and what query rows may see of them, as `StageView.visible`.
         """
-        layout, device = self.layout, query.device
-        assert layout is not None
-        vision, text, _ = self._tokens(device)
-        keeps = self._stages[layer]
+        used = self._entries_in_use(layer, key.shape[2])
+        view = self._view(layer, query, key[:, :, :used], mask, options)  # a static cache has room behind
+        if layer in self._behind:
+            self._waiting = view
+        else:
+            self._select(view)
+        return used, view.visible
+
+    def _select(self, view: StageView) -> Selection:
+        """Let the pruner choose, and settle it."""
+        selection = self._pruner.select(view, self._stages[view.layer])
+        candidates = view.vision_mask
+        if candidates is None:
+            candidates = torch.ones_like(view.vision_index, dtype=torch.bool)
+        self._settle(view.layer, view.vision_index, candidates, selection.kept, selection.score)
+        self._entered = self._waiting = None
+        return selection
+
+    @torch.no_grad()
+    def _choose_behind(self, layer: int, hidden: Tensor, kwargs: dict[str, Any], run: Callable[..., Any]) -> Tensor:
+        """Choose behind a stage's layer, at the entry of the next.
+
+        Args:
+            layer: the stage's.
+            hidden: [B, n, d], its output.
+            kwargs: keyword arguments of the next layer.
+            run: that layer's forward.
+
+        Returns:
+            ``hidden``, with merged tokens in it if the pruner merged any.
+        """
+        view = self._waiting
+        if "next" in self._pruner.needs:
+            view = self._ask(layer, hidden, kwargs, run)
+        if view is None:
+            return hidden  # the layer's attention went another way; `check_stages` tells
+        selection = self._select(dataclasses.replace(view, output=hidden.to(view.query.device)))
+        if selection.hidden is None:
+            return hidden
+        index = view.vision_index.to(hidden.device)[..., None].expand_as(selection.hidden)
+        return hidden.scatter(1, index, selection.hidden.to(hidden))
+
+    def _ask(self, layer: int, hidden: Tensor, kwargs: dict[str, Any], run: Callable[..., Any]) -> StageView:
+        """The view of a stage that looks at the queries and keys which the next layer would make of all tokens.
+
+        The layer runs up to its attention and no further, and its cache takes up nothing.
+        """
+        cache, segment, behind = cache_argument(kwargs), self.segment, layer + 1
+        before = history_of(cache, behind)
+        changed: dict[str, Any] = {}
+        if segment is not None or before is not None:
+            after = before if segment is None else self._history_after(segment, before)
+            assert after is not None and self.past is not None
+            entries = 0, self.past + self.length - after.dropped
+            changed = self._inputs(behind, before, after, (0, entries), True, hidden, kwargs)
+        given = {**kwargs, **changed}
+        without_cache = {name: None for name, value in given.items() if value is cache and cache is not None}
+        self._asking = True
+        try:
+            run(hidden_states=hidden, **{**given, **without_cache})
+        except _Asked as asked:
+            query, key, mask, options = asked.query, asked.key, asked.mask, asked.options
+        else:
+            raise UnsupportedError(
+                f"layer {behind} was to tell its queries and keys, but its attention did not pass through "
+                "transformers' attention interface; please report this model"
+            )
+        finally:
+            self._asking = False
+        if self.past:
+            key = torch.cat([cache.layers[behind].keys.to(key), key], dim=2)
+        assert self._entered is not None
+        self._entered = self._entered[0], given.get("position_embeddings")
+        return self._view(layer, query, key, mask, options)
+
+    def _view(self, layer: int, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> StageView:
+        """What the pruner sees; ``key`` [B, K, P + n, D] holds entries in use only."""
+        layout, device, needs = self.layout, query.device, self._pruner.needs
+        assert layout is not None and self._entered is not None
+        vision, text, valid = self._tokens(device)
         text_index, text_mask = rectangle(text, layout.text_counts)
         vision_index, vision_mask = rectangle(vision, self._counts)
-        used = self._entries_in_use(layer, key.shape[2])
-        past, key = used - query.shape[2], key[:, :, :used]  # a static cache has room behind
+        length = key.shape[2]
+        past = length - query.shape[2]
 
         def visible(rows: Tensor) -> Tensor:
-            return visible_keys(mask, rows, past, used, options.get("sliding_window"))
+            return visible_keys(mask, rows, past, length, options.get("sliding_window"))
 
-        view = StageView(
+        hidden, rotary = self._entered
+        rotation = None
+        if "rotary" in needs:
+            if rotary is None:
+                raise UnsupportedError(
+                    f"{self._pruner.name} looks at rotary embedding, and layer {layer} is given none; use another method"
+                )
+            rotation = Rotation(self._family.rotate[layer + ("next" in needs)], *rotary)
+        return StageView(
             layer=layer,
             query=query,
             key=key,
@@ -172,14 +275,22 @@ class Forward:
             text_mask=text_mask,
             vision_index=vision_index,
             vision_mask=vision_mask,
+            vision_counts=self._counts,
+            valid=valid,
+            first=not any(record.layer >= 0 for record in self.records),
             total=self._ranks.total(query.shape[1], self._family.heads),
             all_heads=self._family.heads,
+            hidden=hidden.to(device),
+            prompt=self._prompt(device) if "embeddings" in needs else None,
+            rotation=rotation,
         )
-        score = self._pruner.score(view)
-        candidates = torch.ones_like(vision_index, dtype=torch.bool) if vision_mask is None else vision_mask
-        k = keeps[0] if min(keeps) == max(keeps) else torch.tensor(keeps).to(device, non_blocking=True)[:, None]
-        self._settle(layer, vision_index, candidates, top_k_mask(score, candidates, k), score)
-        return used, visible
+
+    def _prompt(self, device: torch.device) -> PromptView:
+        layout, embeddings = self.layout, self._embeddings
+        assert layout is not None and embeddings is not None
+        text = rectangle(layout.text.to(device), layout.text_counts)
+        vision = rectangle(layout.vision.to(device), layout.vision_counts)
+        return PromptView(embeddings.to(device), *text, *vision)
 
     def _tokens(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of the tokens that the present layer was given: which are vision, which guide, which are real; bool [B, n]."""
@@ -242,17 +353,31 @@ class Forward:
 
     # -- at the input of every layer --------------------------------------------------------------------------------
 
-    def enter(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    def enter(
+        self, layer: int, hidden: Tensor, kwargs: dict[str, Any], run: Callable[..., Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
         """What a layer is given instead of the model's own inputs.
 
         Args:
             layer: its number.
             hidden: [B, n, d], the output of the layer before.
             kwargs: the layer's keyword arguments.
+            run: the layer's forward, for a stage that asks it for its queries and keys.
 
         Returns:
             Hidden states, and the keyword arguments that change.
         """
+        if layer == 0 and self._stages and "embeddings" in self._pruner.needs:
+            self._embeddings = hidden
+        if layer - 1 in self._behind:
+            hidden = self._choose_behind(layer - 1, hidden, kwargs, run)
+        hidden, changed = self._given(layer, hidden, kwargs)
+        if layer in self._stages:
+            self._entered = hidden, {**kwargs, **changed}.get("position_embeddings")
+        return hidden, changed
+
+    def _given(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """`enter`, once it is settled which tokens the layer is given."""
         upcoming = self.upcoming
         if upcoming is not None and upcoming.layer + 1 == layer:
             entered = self.length if self.segment is None else self.segment.index.shape[1]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from adaptinfer.pruners.adaptinfer import AdaptInfer
 from adaptinfer.pruners.base import Pruner, PrunerError
+from adaptinfer.pruners.fastv import FastV
+from adaptinfer.pruners.pyramiddrop import PyramidDrop
 from adaptinfer.pruners.random import Random
 
-__all__ = ["METHODS", "AdaptInfer", "Pruner", "PrunerError", "Random"]
+__all__ = ["METHODS", "AdaptInfer", "FastV", "Pruner", "PrunerError", "PyramidDrop", "Random"]
 
-METHODS: dict[str, type[Pruner]] = {method.name: method for method in (AdaptInfer, Random)}
+METHODS: dict[str, type[Pruner]] = {method.name: method for method in (AdaptInfer, Random, FastV, PyramidDrop)}
