@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adaptinfer.engine.rotary import rotary_function
 from adaptinfer.errors import UnsupportedError
@@ -28,6 +29,7 @@ __all__ = [
     "check_backend",
     "family_of",
     "is_flash",
+    "own_attention",
     "placeholders_of",
 ]
 
@@ -178,6 +180,24 @@ def attention_of(layer: Any) -> Any:
         if module is not None and hasattr(module, "config") and hasattr(module, "layer_idx"):
             return module
     return None
+
+
+class _Untapped:
+    """An attention module as it was before its config was tapped, for backends that look into the config."""
+
+    def __init__(self, module: Any) -> None:
+        self._module, self.config = module, module.config.adaptinfer_original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def own_attention(module: Any) -> tuple[Any, Any, str]:
+    """Of a module whose config was tapped: its own attention function, what to call that with, and its name."""
+    backend = module.config.adaptinfer_original._attn_implementation
+    if backend == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward, module, backend  # pyright: ignore
+    return ALL_ATTENTION_FUNCTIONS[backend], module if backend == "sdpa" else _Untapped(module), backend
 
 
 def is_flash(implementation: str) -> bool:

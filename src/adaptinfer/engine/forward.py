@@ -30,15 +30,18 @@ from adaptinfer.engine.layout import PromptLayout, rectangle
 from adaptinfer.engine.masks import layer_mask, recurrent_mask, visible_keys
 from adaptinfer.engine.report import StageRecord
 from adaptinfer.engine.rotary import Rotation
+from adaptinfer.engine.selection import Images, select_before
 from adaptinfer.engine.stage import PromptView, StageView
 from adaptinfer.errors import UnsupportedError
 from adaptinfer.functional import gather_tokens, positions_of, scatter_tokens
+from adaptinfer.schedule import BEFORE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from adaptinfer.engine.families import Family
     from adaptinfer.engine.parallel import Ranks
+    from adaptinfer.engine.tower import Encoded
     from adaptinfer.pruners.base import Pruner, Selection
 
 __all__ = ["ACTIVE", "Forward", "Segment"]
@@ -119,6 +122,8 @@ class Forward:
         self._waiting: StageView | None = None  # of a stage that acts behind its layer, while that runs
         self._entered: tuple[Tensor, Any] | None = None  # hidden states and rotary embedding given to a stage's layer
         self._embeddings: Tensor | None = None
+        self.encoded: list[Encoded] = []  # images, if the call itself encodes them
+        self.images: Callable[[], Images] | None = None
         self._memo: dict[Any, Any] = {}
         self._read_by: dict[int, tuple[History, Any, Segment | None]] = {}
 
@@ -185,6 +190,29 @@ class Forward:
         self._settle(view.layer, view.vision_index, candidates, selection.kept, selection.score)
         self._entered = self._waiting = None
         return selection
+
+    @torch.no_grad()
+    def _choose_before(self, hidden: Tensor) -> Tensor:
+        """Choose before the language model: [B, N, d], the input of layer 0, comes back with merged features in it."""
+        layout, device = self.layout, hidden.device
+        assert layout is not None and self.images is not None
+        vision, text, _ = self._tokens(device)
+        text_index, _ = rectangle(text, layout.text_counts)
+        vision_index, vision_mask = rectangle(vision, self._counts)
+        with torch.autocast(device.type, enabled=False):
+            selection, hidden = select_before(
+                self._pruner,  # pyright: ignore - `Handle` lets no other pruner have such a stage
+                hidden,
+                self.images(),
+                vision_index,
+                self._counts,
+                text_index,
+                layout.text_counts,
+                self._stages[BEFORE],
+            )
+        candidates = torch.ones_like(selection.kept) if vision_mask is None else vision_mask
+        self._settle(BEFORE, vision_index, candidates, selection.kept, selection.score)
+        return hidden
 
     @torch.no_grad()
     def _choose_behind(self, layer: int, hidden: Tensor, kwargs: dict[str, Any], run: Callable[..., Any]) -> Tensor:
@@ -293,7 +321,7 @@ class Forward:
         return PromptView(embeddings.to(device), *text, *vision)
 
     def _tokens(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of the tokens that the present layer was given: which are vision, which guide, which are real; bool [B, n]."""
+        """Of the tokens that the present layer was given: which are vision, guide and are real; bool [B, n]."""
         if self.segment is not None:
             segment = self.segment.to(device)
             return segment.vision, segment.text, segment.valid
@@ -369,6 +397,8 @@ class Forward:
         """
         if layer == 0 and self._stages and "embeddings" in self._pruner.needs:
             self._embeddings = hidden
+        if layer == 0 and BEFORE in self._stages:
+            hidden = self._choose_before(hidden)
         if layer - 1 in self._behind:
             hidden = self._choose_behind(layer - 1, hidden, kwargs, run)
         hidden, changed = self._given(layer, hidden, kwargs)
