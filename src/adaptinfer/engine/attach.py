@@ -451,7 +451,7 @@ class Handle:
         forward = Forward(
             self, self._family, self.pruner, past, length, tail, layout, stages, self.early_drop, self._ranks, flash
         )
-        if BEFORE in stages:
+        if BEFORE in stages and ids is not None:
             forward.images = functools.partial(self._images, forward, ids, [] if call is None else call.encoded)
         return forward
 

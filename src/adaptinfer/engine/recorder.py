@@ -78,7 +78,7 @@ class Recorder:
                 return run(*args, **kwargs)
             encoded = Encoded(kind)
             arguments = inspect.signature(run).bind_partial(*args, **kwargs).arguments
-            encoded.grid = arguments.get(f"{kind}_grid_thw")
+            encoded.patch_grid = arguments.get(f"{kind}_grid_thw")
             token = RECORDING.set(encoded)
             try:
                 output = run(*args, **kwargs)
@@ -135,7 +135,7 @@ def _follow(encoded: Encoded, run: Any, bound: inspect.BoundArguments) -> None:
         rest, rows = len(each) - encoded.patches, int((each[:, 0] == -1).sum()) or 1
         if blocks is not None and rest:
             blocks.append((rows, rest // rows))
-        encoded.blocks.append(None if blocks is None else tuple(blocks))
+        encoded.grids.append(None if blocks is None else tuple(blocks))
 
 
 def _describe(encoded: Encoded, features: Any, image_sizes: Any) -> None:
@@ -144,16 +144,16 @@ def _describe(encoded: Encoded, features: Any, image_sizes: Any) -> None:
         encoded.counts = [features.shape[-2]] * (features.numel() // (features.shape[-1] * features.shape[-2]))
     else:
         encoded.counts = [each.numel() // each.shape[-1] for each in features]
-    if encoded.blocks:
+    if encoded.grids:
         return
     grids = [None] * len(encoded.counts)
-    if encoded.grid is not None:
-        grids = [tuple(grid) for grid in encoded.grid.tolist()]
+    if encoded.patch_grid is not None:
+        grids = [tuple(grid) for grid in encoded.patch_grid.tolist()]
     elif image_sizes is not None:
         grids = [(1, *map(int, size)) for size in image_sizes]
     if len(grids) != len(encoded.counts):
         grids = [None] * len(encoded.counts)
-    encoded.blocks = [_blocks(count, grid) for count, grid in zip(encoded.counts, grids, strict=True)]
+    encoded.grids = [_blocks(count, grid) for count, grid in zip(encoded.counts, grids, strict=True)]
 
 
 def _blocks(count: int, grid: tuple[int, ...] | None) -> tuple[tuple[int, int], ...] | None:

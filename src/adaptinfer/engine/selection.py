@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from adaptinfer.engine.tower import Encoded, Tower
     from adaptinfer.pruners.before import SelectsBefore
 
-__all__ = ["FeatureView", "Images", "select_before"]
+__all__ = ["FeatureView", "Grids", "Images", "select_before"]
 
-Blocks = tuple[tuple[int, int], ...]
+Grids = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class FeatureView:
         features: [B, V, d], the projected features as they stand in the input of layer 0.
         text: [B, T, d], embeddings of the text behind the last image.
         keep: how many vision tokens of each row stay, 0 < keep < V.
-        blocks: the grids that a row's vision tokens fill one after the other, rows x columns: one a picture, one a
-            video frame, several for an any-resolution picture (the overview first; a column of line ends counts). None
-            where the model does not say.
+        pictures: for each picture of a row the grids that its vision tokens fill one after the other, rows x columns:
+            one, as a rule; one a frame of a video; two for an any-resolution picture, its overview and its crops put
+            together (a column of line ends counts). None where the model does not say.
     """
 
     features: Tensor
     text: Tensor
     keep: int
-    blocks: Blocks | None
+    pictures: tuple[Grids, ...] | None
     _images: Images
     _places: Tensor
     _rows: Tensor | None
@@ -54,20 +54,20 @@ class FeatureView:
         """V."""
         return self.features.shape[1]
 
-    def attention(self, layer: int) -> Tensor:
+    def attention(self, layer: int, of: int = 0) -> Tensor:
         """Attention that each vision token receives in a block of the tower, head by head, float32 [B, H, V].
 
         The class token's; the mean over all tokens in towers without one. Line ends receive none.
         """
-        return self._taken(Read("attention", layer)).transpose(1, 2)
+        return self._taken(Read("attention", layer, of)).transpose(1, 2)
 
-    def keys(self, layer: int) -> Tensor:
+    def keys(self, layer: int, of: int = 0) -> Tensor:
         """Keys of a block of the tower, [B, V, K, D]."""
-        return self._taken(Read("keys", layer))
+        return self._taken(Read("keys", layer, of))
 
-    def hidden(self, layer: int) -> Tensor:
+    def hidden(self, layer: int, of: int = 0) -> Tensor:
         """Hidden states behind a block of the tower, [B, V, w]."""
-        return self._taken(Read("hidden", layer))
+        return self._taken(Read("hidden", layer, of))
 
     def crops(self) -> Tensor:
         """Which crop each vision token comes from, int64 [B, V]; 0 for a picture's overview. Line ends follow a row.
@@ -90,14 +90,14 @@ class FeatureView:
     def _taken(self, read: Read) -> Tensor:
         return self._images.at(self._places, self._rows, self._images.taken(read)).float()
 
-    def need_blocks(self, method: str) -> Blocks:
-        """``blocks``. Raises UnsupportedError, in the name of a method, where they are not known."""
-        if self.blocks is None:
+    def need_pictures(self, method: str) -> tuple[Grids, ...]:
+        """``pictures``. Raises UnsupportedError, in the name of a method, where they are not known."""
+        if self.pictures is None:
             raise UnsupportedError(
                 f"{method} needs to know where in its picture a vision token stands, which this prompt does not tell; "
                 "take a method that needs features alone, such as divprune"
             )
-        return self.blocks
+        return self.pictures
 
 
 class Images:
@@ -134,24 +134,25 @@ class Images:
         repeats = placeholders // features if features else 0
         known = bool(features) and len({each.kind for each in encoded}) == len(encoded)
         self._repeats = repeats if known and repeats * features == placeholders and len(totals) % repeats == 0 else 0
-        self.blocks = self._blocks_of_rows(totals)
+        self.pictures = self._pictures_of_rows(totals)
 
-    def _blocks_of_rows(self, totals: list[int]) -> list[Blocks | None]:
-        nothing: list[Blocks | None] = [None] * len(totals)
+    def _pictures_of_rows(self, totals: list[int]) -> list[tuple[Grids, ...] | None]:
+        """For each row the grids of its pictures; None for all if pictures do not add up to rows."""
+        nothing: list[tuple[Grids, ...] | None] = [None] * len(totals)
         if not self._repeats or len(self._encoded) > 1:
             return nothing
-        images = list(zip(self._encoded[0].counts, self._encoded[0].blocks, strict=True))
-        rows: list[Blocks | None] = []
+        images = list(zip(self._encoded[0].counts, self._encoded[0].grids, strict=True))
+        rows: list[tuple[Grids, ...] | None] = []
         for total in totals[:: self._repeats]:
-            blocks, left = [], total
+            pictures, left = [], total
             while left > 0 and images:
-                count, block = images.pop(0)
+                count, grids = images.pop(0)
                 left -= count
-                blocks.append(block)
+                pictures.append(grids)
             if left:
                 return nothing
-            rows.append(None if None in blocks else sum(blocks, ()))
-        return [blocks for blocks in rows for _ in range(self._repeats)]
+            rows.append(None if None in pictures else tuple(pictures))
+        return [pictures for pictures in rows for _ in range(self._repeats)]
 
     @functools.cached_property
     def _index(self) -> Tensor:
@@ -233,11 +234,11 @@ def select_before(
     """
     device, width = hidden.device, hidden.shape[2]
     groups: dict[Any, list[int]] = {}
-    for row, shape in enumerate(zip(vision_counts, keeps, text_counts, images.blocks, strict=True)):
+    for row, shape in enumerate(zip(vision_counts, keeps, text_counts, images.pictures, strict=True)):
         groups.setdefault(shape, []).append(row)
     kept = torch.zeros(vision_index.shape, dtype=torch.bool, device=device)
     score = torch.zeros(vision_index.shape, device=device)
-    for (count, keep, text_count, blocks), rows in groups.items():
+    for (count, keep, text_count, pictures), rows in groups.items():
         at = None if len(groups) == 1 else torch.tensor(rows).to(device, non_blocking=True)
 
         def mine(tensor: Tensor, at: Tensor | None = at) -> Tensor:
@@ -250,7 +251,7 @@ def select_before(
                 features=features,
                 text=gather_tokens(embeddings, mine(text_index)[:, :text_count], dim=1),
                 keep=keep,
-                blocks=blocks,
+                pictures=pictures,
                 _images=images,
                 _places=places,
                 _rows=at,

@@ -42,25 +42,25 @@ class Encoded:
     Attributes:
         kind: ``image`` or ``video``.
         counts: features of each image; F is their sum.
-        blocks: for each image the grids that its features fill one after the other, rows x columns (a grid per frame,
-            or the overview and the crops of an any-resolution image); None where unknown.
+        grids: for each image the grids that its features fill one after the other, rows x columns (a grid per frame, or
+            the overview and the crops of an any-resolution image); None where unknown.
         taken: per `Read`, pieces [n, S, ...] for n sequences of S tower tokens.
         crops: for each image how many sequences of the tower it is, where the model packs crops.
         patches: tower tokens of each of them.
         packed: int64 [F] on the CPU, where the model itself says which tower token each feature comes from (-1: none).
         mixed: whether features were interpolated between tower tokens.
-        grid: the processor's (frames, rows, columns) of patches of each image, where a model takes them.
+        patch_grid: the processor's (frames, rows, columns) of patches of each image, where a model takes them.
     """
 
     kind: str
     counts: list[int] = field(default_factory=list)
-    blocks: list[tuple[tuple[int, int], ...] | None] = field(default_factory=list)
+    grids: list[tuple[tuple[int, int], ...] | None] = field(default_factory=list)
     taken: dict[Read, list[Tensor]] = field(default_factory=dict)
     crops: list[int] = field(default_factory=list)
     patches: int = 0
     packed: Tensor | None = None
     mixed: bool = False
-    grid: Any = None
+    patch_grid: Any = None
 
     @property
     def features(self) -> int:
@@ -86,12 +86,11 @@ class Tower:
         self.heads: int = getattr(config, "num_attention_heads", None) or config.num_heads
         depth = len(self.blocks)
         inside = [read for read in reads if read.what != "projector"]
-        for read in inside:
-            if not -depth <= read.layer < depth:
-                raise UnsupportedError(
-                    f"{model_type}: block {read.layer} of the vision tower is to be read, but it has {depth}"
-                )
-        self.reads = {read: read.layer % depth for read in inside}
+        self.reads = {read: read.layer * depth // read.of if read.of else read.layer for read in inside}
+        for read, block in self.reads.items():
+            if not -depth <= block < depth:
+                raise UnsupportedError(f"{model_type}: block {block} of the vision tower is to be read, of {depth}")
+            self.reads[read] = block % depth
 
     def attention(self, block: int) -> Any:
         """The attention module of a block.
@@ -195,8 +194,8 @@ class Tower:
         """The tower tokens that each feature is made of, int64 [F, m]; None where nobody knows."""
         count = encoded.features
         merge = getattr(self.module, "spatial_merge_size", None)
-        if merge and encoded.grid is not None and total == count * merge**2:
-            order = self._window_order(encoded.grid)
+        if merge and encoded.patch_grid is not None and total == count * merge**2:
+            order = self._window_order(encoded.patch_grid)
             place = torch.arange(count) if order is None else torch.argsort(order.cpu())
             return place[:, None] * merge**2 + torch.arange(merge**2)
         side = math.isqrt(patches)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from adaptinfer.engine.selection import FeatureView
     from adaptinfer.pruners.composed import Composed
 
-__all__ = ["Read", "Selector", "SelectsBefore", "check_setting", "of_order", "of_score", "split", "unit"]
+__all__ = ["Read", "Selector", "SelectsBefore", "check_setting", "of_order", "of_score", "shared_out", "split", "unit"]
 
 
 class Read(NamedTuple):
@@ -34,10 +34,13 @@ class Read(NamedTuple):
         what: ``attention`` that a token receives (from the class token; averaged over all tokens in towers without
             one) or ``keys`` of a block, ``hidden`` states behind it, or what goes into the ``projector``.
         layer: the tower's block; from the end if negative. The projector has none.
+        of: depth of the tower that ``layer`` counts in, where a method is defined for one; in another tower the block
+            at the same share of the depth is meant.
     """
 
     what: Literal["attention", "keys", "hidden", "projector"]
     layer: int = 0
+    of: int = 0
 
 
 class SelectsBefore(ABC):
@@ -87,7 +90,7 @@ class Selector(SelectsBefore, Pruner):
 
 
 def tokens_of(budget: float, vision_tokens: int, factor: float = 1.0) -> int:
-    """Whole tokens of a budget (a share of all below 1), times a factor, halves rounded up and never more than all.
+    """Whole tokens of a budget (below 1 a share of all), times a factor: halves rounded up, at least one, at most all.
 
     Raises:
         ScheduleError: the budget itself is more than there are.
@@ -95,7 +98,7 @@ def tokens_of(budget: float, vision_tokens: int, factor: float = 1.0) -> int:
     exact = Fraction(repr(float(budget))) * (vision_tokens if budget < 1 else 1)
     if exact > vision_tokens:
         raise ScheduleError(f"budget: {budget} is more than the {vision_tokens} vision tokens there are")
-    return min(vision_tokens, int(exact * Fraction(repr(float(factor))) + Fraction(1, 2)))
+    return min(vision_tokens, max(1, int(exact * Fraction(repr(float(factor))) + Fraction(1, 2))))
 
 
 def check_setting(name: str, value: Any, least: float, most: float, whole: bool = False) -> None:
@@ -104,6 +107,16 @@ def check_setting(name: str, value: Any, least: float, most: float, whole: bool 
     if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
         kind = "a whole number" if whole else "a number"
         raise PrunerError(f"{name}: must be {kind} from {least} to {most}, not {value!r}")
+
+
+def shared_out(keep: int, sizes: Sequence[int]) -> list[int]:
+    """Whole parts of a budget in proportion to sizes, by largest remainder; of equal ones the earlier gets more."""
+    total = sum(sizes)
+    parts = [keep * size // total for size in sizes]
+    order = sorted(range(len(sizes)), key=lambda i: (-(keep * sizes[i] % total), i))
+    for i in order[: keep - sum(parts)]:
+        parts[i] += 1
+    return parts
 
 
 # -- what selections have in common, on tensors ---------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from adaptinfer.functional import gather_tokens
 from adaptinfer.pruners.before import Selector, of_order, unit
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def farthest_first(features: Tensor, count: int) -> Tensor:
     picked = [distance.argmax(dim=1, keepdim=True)]
     nearest = torch.full_like(distance, float("inf"))
     for _ in range(count - 1):
-        last = points.gather(1, picked[-1][..., None].expand(-1, -1, points.shape[2]))
+        last = gather_tokens(points, picked[-1], dim=1)
         nearest = torch.minimum(nearest, 1 - (points @ last.transpose(1, 2))[..., 0])
         nearest = nearest.scatter(1, picked[-1], float("-inf"))
         picked.append(nearest.argmax(dim=1, keepdim=True))
