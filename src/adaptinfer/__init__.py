@@ -13,29 +13,53 @@ if TYPE_CHECKING:
     from adaptinfer.engine.report import Report
     from adaptinfer.errors import AdaptInferError, InputError, UnsupportedError
     from adaptinfer.prefix import PrefixCache
-    from adaptinfer.pruners import METHODS, AdaptInfer, Pruner, PrunerError, Random
+    from adaptinfer.pruners import (
+        DART,
+        FEATHER,
+        METHODS,
+        AdaptInfer,
+        FastV,
+        FitPrune,
+        Pruner,
+        PrunerError,
+        PyramidDrop,
+        Random,
+        SparseVLM,
+        SparseVLMPlus,
+        Stride,
+        V2Drop,
+    )
     from adaptinfer.pruners.config import from_pretrained
     from adaptinfer.schedule import PRESETS, ModelShape, Schedule, ScheduleError, Stage, preset, solve
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DART",
+    "FEATHER",
     "METHODS",
     "PRESETS",
     "AdaptInfer",
     "AdaptInferError",
+    "FastV",
+    "FitPrune",
     "Handle",
     "InputError",
     "ModelShape",
     "PrefixCache",
     "Pruner",
     "PrunerError",
+    "PyramidDrop",
     "Random",
     "Report",
     "Schedule",
     "ScheduleError",
+    "SparseVLM",
+    "SparseVLMPlus",
     "Stage",
+    "Stride",
     "UnsupportedError",
+    "V2Drop",
     "attach",
     "disabled",
     "from_pretrained",
@@ -48,7 +72,10 @@ _HOME = {
     "engine.report": ("Report",),
     "errors": ("AdaptInferError", "InputError", "UnsupportedError"),
     "prefix": ("PrefixCache",),
-    "pruners": ("METHODS", "AdaptInfer", "Pruner", "PrunerError", "Random"),
+    "pruners": (
+        *("METHODS", "AdaptInfer", "Pruner", "PrunerError", "Random", "Stride"),
+        *("DART", "FEATHER", "FastV", "FitPrune", "PyramidDrop", "SparseVLM", "SparseVLMPlus", "V2Drop"),
+    ),
     "pruners.config": ("from_pretrained",),
     "schedule": ("PRESETS", "ModelShape", "Schedule", "ScheduleError", "Stage", "preset", "solve"),
 }

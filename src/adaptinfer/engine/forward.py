@@ -289,7 +289,7 @@ class Forward:
         if "rotary" in needs:
             if rotary is None:
                 raise UnsupportedError(
-                    f"{self._pruner.name} looks at rotary embedding, and layer {layer} is given none; use another method"
+                    f"{self._pruner.name} looks at rotary embedding, but layer {layer} is given none; use another one"
                 )
             rotation = Rotation(self._family.rotate[layer + ("next" in needs)], *rotary)
         return StageView(

@@ -137,8 +137,8 @@ def check_needs(family: Family, pruner: Pruner) -> None:
     """
     if "rotary" in pruner.needs and len(family.rotate) < len(family.scoring):
         raise UnsupportedError(
-            f"{pruner.name} takes rotary embedding off again, and {family.model_type} does not show how it is put on in "
-            "this version of transformers; use another method, or a newer transformers"
+            f"{pruner.name} takes rotary embedding off again, and {family.model_type} does not show how it is put on; "
+            "use another method, or a newer transformers"
         )
 
 
@@ -148,7 +148,8 @@ def check_past(pruner: Pruner, cache: Any, past: int) -> None:
     Raises:
         UnsupportedError: naming the method.
     """
-    if "next" in pruner.needs and past and any(type(layer) not in (DynamicLayer, PrunedLayer) for layer in cache.layers):
+    plain = all(type(layer) in (DynamicLayer, PrunedLayer) for layer in cache.layers)
+    if past and not plain and "next" in pruner.needs:
         raise UnsupportedError(
             f"{pruner.name} reads the cached keys of the layer behind a stage, so a new image in a later turn needs a "
             f"plain DynamicCache; begin with an empty cache, {_ESCAPE}"

@@ -42,7 +42,7 @@ class Rotation:
         which then stands in the result twice; what becomes of ones tells that factor.
         """
         cos, sin = self._angles(tensor)
-        ones = torch.ones(1, 1, *tensor.shape[2:], device=tensor.device)
+        ones = torch.ones_like(tensor[:, :1], dtype=torch.float32)
         return self.apply(tensor.float(), cos, -sin) / self.apply(self.apply(ones, cos, sin), cos, -sin)
 
     def _angles(self, tensor: Tensor) -> tuple[Tensor, Tensor]:

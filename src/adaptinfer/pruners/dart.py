@@ -73,7 +73,7 @@ class DART(Pruner):
         return Selection(kept, kept.float())
 
     def _largest(self, norms: Tensor, index: Tensor, mask: Tensor | None, most: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens with the largest norms, int64 [B, P] with P at most ``pivots``, and which are real ones within ``most``."""
+        """Tokens with the largest norms, at most ``pivots``, int64 [B, P]; which are real and among the ``most``."""
         values = norms.gather(1, index)
         values = values if mask is None else values.masked_fill(~mask, -1.0)
         order = values.sort(dim=1, descending=True, stable=True).indices[:, : self.pivots]

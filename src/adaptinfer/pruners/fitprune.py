@@ -33,9 +33,9 @@ def _keeps(deleted: tuple[int, ...]) -> dict[int, int]:
 class FitPrune(Pruner):
     """Keep vision tokens with a large product of cross- and self-attention.
 
-    Both are sums of attention that a token receives, from text and from vision tokens, of which in every row the largest
+    Both are means of the attention that a token receives, from text and from vision tokens; of each row the largest
     over heads counts. How many go in which layer is a list made offline, so that attention changes least for what is
-    saved; a budget stretches the nearest published list.
+    saved. A budget stretches the nearest published list; labels are the FLOPs saved on LLaVA-1.5-7B.
     """
 
     name: ClassVar[str] = "fitprune"

@@ -111,7 +111,7 @@ class SparseVLM(Pruner):
         return Selection(padded[:, :tokens], score, grown[:, :tokens])
 
     def split(self, entering: int, keep: int) -> tuple[int, int, int]:
-        """How many tokens stay as they are, how many are merged, and into how many: the first and last make ``keep``."""
+        """How many tokens stay as they are, how many are merged, into how many; first and last make ``keep``."""
 
         def merges(best: int) -> tuple[int, int]:
             merged = math.floor(Fraction(repr(self.recycled)) * (entering - best))
@@ -126,8 +126,9 @@ class SparseVLM(Pruner):
 class SparseVLMPlus(Pruner):
     """SparseVLM without recycling, on attention freed of position, by the heads that look at the picture.
 
-    The attention of text to vision tokens is divided by what it would be if all queries and keys were ones before rotary
-    embedding; then the heads with the largest sum over raters and vision tokens count, 14 of LLaVA-1.5's 32.
+    The attention of text to vision tokens is divided by what it would be if all queries and keys were ones before
+    rotary embedding (for this of the call's own tokens, without cached ones); then the heads with the largest sum over
+    raters and vision tokens count, 14 of LLaVA-1.5's 32.
 
     Attributes:
         heads: share of the heads that count.
@@ -179,8 +180,8 @@ def density_clusters(tokens: Tensor, valid: Tensor, clusters: Sequence[int]) -> 
         clusters: how many in each sample, at most its valid tokens.
 
     Returns:
-        Positions of the centres among the M, int64 [B, C], best first, C the most of any sample; which of them are real,
-        bool [B, C]; means of their clusters, float32 [B, C, d].
+        Positions of the centres among the M, int64 [B, C], best first, C the most of any sample; which of them are
+        real, bool [B, C]; means of their clusters, float32 [B, C, d].
     """
     states, device = tokens.float(), tokens.device
     batch, count, dim = states.shape
