@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from adaptinfer.pruners.base import Pruner, PrunerError, Selection
+from adaptinfer.functional import gather_tokens
+from adaptinfer.pruners.base import Pruner, PrunerError, Selection, published_schedules
 from adaptinfer.schedule import BEFORE, Schedule, ScheduleError, Stage
 
 if TYPE_CHECKING:
@@ -24,7 +25,22 @@ if TYPE_CHECKING:
     from adaptinfer.engine.selection import FeatureView
     from adaptinfer.pruners.composed import Composed
 
-__all__ = ["Read", "Selector", "SelectsBefore", "check_setting", "of_order", "of_score", "shared_out", "split", "unit"]
+__all__ = [
+    "Read",
+    "Selector",
+    "SelectsBefore",
+    "check_setting",
+    "nearest",
+    "of_order",
+    "of_score",
+    "rank_within",
+    "shared_out",
+    "split",
+    "tokens_of",
+    "top",
+    "unit",
+    "with_merged",
+]
 
 
 class Read(NamedTuple):
@@ -67,6 +83,8 @@ class Selector(SelectsBefore, Pruner):
     ``selector >> pruner`` is both, one after the other, as one pruner; the budget of the second is then the true
     average of the whole.
     """
+
+    published = published_schedules({label: {BEFORE: label} for label in (192, 128, 64)})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,3 +172,51 @@ def split(keep: int, share: float) -> tuple[int, int]:
     """Whole parts of a budget, the first one ``share`` of it with halves rounded up."""
     first = int(keep * Fraction(repr(float(share))) + Fraction(1, 2))
     return first, keep - first
+
+
+def rank_within(group: Tensor, score: Tensor) -> Tensor:
+    """The place of each token in its group, 0 for the largest score; of equal scores the earlier comes first.
+
+    Args:
+        group: int64 [B, V].
+        score: [B, V].
+
+    Returns:
+        int64 [B, V].
+    """
+    best_first = score.sort(dim=1, descending=True, stable=True).indices
+    order = best_first.gather(1, group.gather(1, best_first).sort(dim=1, stable=True).indices)
+    groups, place = group.gather(1, order), torch.arange(group.shape[1], device=group.device).expand_as(group)
+    begins = torch.ones_like(groups, dtype=torch.bool)
+    begins[:, 1:] = groups[:, 1:] != groups[:, :-1]
+    first = torch.where(begins, place, 0).cummax(dim=1).values
+    return torch.zeros_like(group).scatter(1, order, place - first)
+
+
+def nearest(tokens: Tensor, centres: Tensor, kept: Tensor) -> Tensor:
+    """Which centre each token joins, by cosine: bool [B, C, V]; centres themselves and empty vectors join none.
+
+    Args:
+        tokens: [B, V, w]; zeros for tokens that the vision tower did not make (line ends).
+        centres: int64 [B, C], positions of the centres.
+        kept: bool [B, V], tokens that stay what they are, the centres among them.
+    """
+    points = unit(tokens)
+    likeness = gather_tokens(points, centres, dim=1) @ points.transpose(1, 2)  # [B, C, V]
+    joins = torch.zeros_like(likeness, dtype=torch.bool).scatter(1, likeness.argmax(dim=1, keepdim=True), True)
+    return joins & ~(kept | (points == 0).all(dim=2))[:, None, :]
+
+
+def with_merged(view: FeatureView, centres: Tensor, changed: Tensor, merged: Tensor, project: Any) -> Tensor:
+    """The features of a row with merged ones at the centres, [B, V, d]; centres that nothing joined stay as they were.
+
+    Args:
+        view: the row's.
+        centres: int64 [B, C].
+        changed: bool [B, C], centres that something joined.
+        merged: [B, C, w] in front of the projector.
+        project: the projector, as `FeatureView.unprojected` gives it.
+    """
+    features = view.features.float()
+    new = torch.where(changed[..., None], project(merged), gather_tokens(features, centres, dim=1))
+    return features.scatter(1, centres[..., None].expand_as(new), new)
