@@ -265,7 +265,7 @@ class Forward:
             )
         finally:
             self._asking = False
-        if self.past:
+        if cache is not None and self.past:
             key = torch.cat([cache.layers[behind].keys.to(key), key], dim=2)
         assert self._entered is not None
         self._entered = self._entered[0], given.get("position_embeddings")
