@@ -40,6 +40,8 @@ class Recorder:
         """
         self.base, self.model_type = base, config.model_type
         self.reads = reads
+        vision = getattr(config, "vision_config", None)
+        self.cell = getattr(config, "scale_factor", 0) * getattr(vision, "patch_size", 0)  # Idefics3, SmolVLM
         self.tower = Tower(base, self.model_type, reads) if reads else None
         self.projector = base.multi_modal_projector if self.model_type in _PROJECTED else None
         self.kinds = {kind: _placeholders(config, kind) for kind in ("image", "video")}
@@ -84,7 +86,10 @@ class Recorder:
                 output = run(*args, **kwargs)
             finally:
                 RECORDING.reset(token)
-            _describe(encoded, getattr(output, "pooler_output", output), arguments.get("image_sizes"))
+            pixels = next((value for name, value in arguments.items() if name.startswith("pixel_values")), None)
+            _describe(
+                encoded, getattr(output, "pooler_output", output), arguments.get("image_sizes"), pixels, self.cell
+            )
             wanted.append(encoded)
             return output
 
@@ -138,34 +143,54 @@ def _follow(encoded: Encoded, run: Any, bound: inspect.BoundArguments) -> None:
         encoded.grids.append(None if blocks is None else tuple(blocks))
 
 
-def _describe(encoded: Encoded, features: Any, image_sizes: Any) -> None:
-    """Fill in how many features each image has, and the grids they stand in."""
+def _describe(encoded: Encoded, features: Any, image_sizes: Any, pixels: Any, cell: int) -> None:
+    """Fill in how many features each image has, and the grids they stand in.
+
+    Args:
+        encoded: to be filled in.
+        features: as the model returned them: [n, P, d], [F, d], or a list of [F, d].
+        image_sizes: rows and columns of pixels of each image, where the model takes them.
+        pixels: what the model was given.
+        cell: pixels along a feature's side, where the config tells; else 0.
+    """
     if isinstance(features, torch.Tensor):
         encoded.counts = [features.shape[-2]] * (features.numel() // (features.shape[-1] * features.shape[-2]))
     else:
         encoded.counts = [each.numel() // each.shape[-1] for each in features]
     if encoded.grids:
         return
-    grids = [None] * len(encoded.counts)
+    shapes = [None] * len(encoded.counts)
     if encoded.patch_grid is not None:
-        grids = [tuple(grid) for grid in encoded.patch_grid.tolist()]
+        shapes = encoded.patch_grid.tolist()
     elif image_sizes is not None:
-        grids = [(1, *map(int, size)) for size in image_sizes]
-    if len(grids) != len(encoded.counts):
-        grids = [None] * len(encoded.counts)
-    encoded.grids = [_blocks(count, grid) for count, grid in zip(encoded.counts, grids, strict=True)]
+        shapes = [(1, *map(int, size)) for size in image_sizes]
+    elif isinstance(pixels, torch.Tensor) and pixels.ndim == 5 and cell:  # all crops of a sample are one image
+        grid = pixels.shape[-2] // cell, pixels.shape[-1] // cell
+        encoded.grids = [(grid,) * (count // math.prod(grid)) for count in encoded.counts]
+        return
+    elif isinstance(pixels, torch.Tensor) and pixels.ndim >= 4:
+        shapes = [(1, *pixels.shape[-2:])] * len(encoded.counts)
+    if len(shapes) != len(encoded.counts):
+        shapes = [None] * len(encoded.counts)
+    encoded.grids = [_grids(count, shape) for count, shape in zip(encoded.counts, shapes, strict=True)]
 
 
-def _blocks(count: int, grid: tuple[int, ...] | None) -> tuple[tuple[int, int], ...] | None:
-    """The grids that an image's features fill: cells of the processor's grid, s x s to a feature, or a square."""
-    if grid is None:
-        side = math.isqrt(count)
-        return ((side, side),) if side**2 == count else None
-    frames, height, width = grid
-    step = math.isqrt(frames * height * width // count) if count else 0
-    if not step or height % step or width % step or frames * (height // step) * (width // step) != count:
+def _grids(count: int, shape: Sequence[int] | None) -> tuple[tuple[int, int], ...] | None:
+    """The grids that an image's features fill, one a frame: s x s cells (patches, pixels) of its shape to a feature.
+
+    Rests of a cell at the right and the bottom are no feature's.
+    """
+    if shape is None or not count:
         return None
-    return ((height // step, width // step),) * frames
+    frames, height, width = shape
+    rows = math.isqrt(count // frames * height // width)
+    for high in (rows, rows + 1):
+        if high and count % (frames * high) == 0:
+            wide = count // (frames * high)
+            step = min(height // high, width // wide)
+            if step and height // step == high and width // step == wide:
+                return ((high, wide),) * frames
+    return None
 
 
 def _take_output(read: Read, module: Any, args: Any, output: Any) -> None:

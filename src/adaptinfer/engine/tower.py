@@ -174,7 +174,7 @@ class Tower:
         sequences = sum(piece.shape[0] for piece in pieces)
         before = 0 if read.what == "projector" else self.class_tokens
         if before and even and sequences * length != count:  # else a class token is a vision token itself
-            pieces, length = [piece[:, before:] for piece in pieces], length - before
+            pieces = [piece[:, before:] for piece in pieces]
         values = torch.cat([piece.flatten(0, 1) for piece in pieces])
         if encoded.packed is not None:
             index = encoded.packed.to(values.device, non_blocking=True)
@@ -182,7 +182,7 @@ class Tower:
             return values[index.clamp(min=0)] * found
         if len(values) == count:
             return values
-        groups = None if encoded.mixed else self._groups(encoded, len(values), sequences if even else 0, length)
+        groups = self._groups(encoded, len(values))
         if groups is None:
             raise UnsupportedError(
                 f"{self._model_type}: its {count} vision tokens cannot be traced back to the {len(values)} tokens of "
@@ -190,24 +190,26 @@ class Tower:
             )
         return values[groups.to(values.device, non_blocking=True)].float().mean(dim=1)
 
-    def _groups(self, encoded: Encoded, total: int, sequences: int, patches: int) -> Tensor | None:
-        """The tower tokens that each feature is made of, int64 [F, m]; None where nobody knows."""
+    def _groups(self, encoded: Encoded, total: int) -> Tensor | None:
+        """The tower tokens of which each feature is made, m x m neighbours: int64 [F, m * m]; None if nobody knows."""
         count = encoded.features
-        merge = getattr(self.module, "spatial_merge_size", None)
-        if merge and encoded.patch_grid is not None and total == count * merge**2:
+        merge = math.isqrt(total // count) if count else 0
+        if encoded.mixed or merge**2 * count != total:
+            return None
+        if encoded.patch_grid is not None:  # these towers are given their patches in the order of the features
             order = self._window_order(encoded.patch_grid)
             place = torch.arange(count) if order is None else torch.argsort(order.cpu())
             return place[:, None] * merge**2 + torch.arange(merge**2)
-        side = math.isqrt(patches)
-        if not sequences or side**2 != patches or count % sequences:
+        parts, start = [], 0
+        if None in encoded.grids:
             return None
-        cells = math.isqrt(count // sequences)
-        if cells**2 * sequences != count or side % cells:
-            return None
-        width = side // cells
-        rows = torch.arange(side).view(cells, 1, width, 1) * side
-        one = (rows + torch.arange(side).view(1, cells, 1, width)).reshape(cells**2, width**2)
-        return (torch.arange(sequences).view(-1, 1, 1) * patches + one).flatten(0, 1)
+        for rows, columns in (grid for grids in encoded.grids for grid in grids or ()):
+            width = columns * merge
+            corner = torch.arange(rows)[:, None] * merge * width + torch.arange(columns) * merge
+            inner = torch.arange(merge)[:, None] * width + torch.arange(merge)
+            parts.append(start + corner.flatten()[:, None] + inner.flatten())
+            start += rows * columns * merge**2
+        return torch.cat(parts)
 
     def _window_order(self, grid: Tensor) -> Tensor | None:
         """How Qwen2.5-VL's tower orders its groups of patches, by windows; None for towers that leave them in place."""
