@@ -137,7 +137,7 @@ MUTANTS = [
     ),
     Mutant(
         "12: indices of the second stage are not mapped back to the prompt",
-        "engine/forward.py",
+        "engine/choosing.py",
         "            index=relative if segment is None else segment.index.gather(1, relative),",
         "            index=relative,",
         "tests/test_engine_oracle.py::test_prefill_is_the_masked_run",
@@ -263,7 +263,7 @@ MUTANTS = [
     ),
     Mutant(
         "a layer reads the device",
-        "engine/forward.py",
+        "engine/choosing.py",
         "        self._counts = keeps\n",
         "        self._counts = keeps\n        kept_vision.sum().item()\n",
         "tests/test_engine_cost.py::test_no_layer_reads_the_device",
@@ -278,9 +278,9 @@ MUTANTS = [
     Mutant(
         "scores are computed for every row of the prompt",
         "engine/stage.py",
-        "        rows = gather_tokens(self.query, self.text_index, dim=2)\n",
+        "        query = gather_tokens(self.query, rows, dim=2)\n",
         "        full = attention_rows(self.query, self.key, self.scaling)\n"
-        "        rows = gather_tokens(self.query, self.text_index, dim=2) + 0 * full.mean()\n",
+        "        query = gather_tokens(self.query, rows, dim=2) + 0 * full.mean()\n",
         "tests/test_engine_cost.py::test_no_buffer_grows_with_the_square_of_the_prompt",
     ),
     Mutant(
@@ -369,16 +369,16 @@ MUTANTS = [
     ),
     Mutant(
         "trap 1: the mean over heads is one over this rank's heads",
-        "engine/forward.py",
+        "engine/choosing.py",
         "            all_heads=self._family.heads,",
         "            all_heads=query.shape[1],",
         "tests/test_parallel.py::test_ranks_choose_what_one_process_chooses",
     ),
     Mutant(
         "trap 13: a stage on another device goes by tensors of the stage before",
-        "engine/forward.py",
-        "            segment = segment.to(device)",
-        "            segment = segment.to(segment.index.device)",
+        "engine/choosing.py",
+        "            segment = self.segment.to(device)",
+        "            segment = self.segment",
         "tests/test_parallel.py::test_layers_on_several_devices",
     ),
     Mutant(
@@ -481,7 +481,7 @@ MUTANTS = [
     ),
     Mutant(
         "methods: raters read hidden states of the layer",
-        "engine/forward.py",
+        "engine/choosing.py",
         "        return PromptView(embeddings.to(device), *text, *vision)",
         "        return PromptView(self._entered[0].to(device), *text, *vision)",
         "tests/test_methods_inside.py::test_survivors_carry_the_recycled_ones",
