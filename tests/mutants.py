@@ -484,7 +484,7 @@ MUTANTS = [
         "engine/choosing.py",
         "        return PromptView(embeddings.to(device), *text, *vision)",
         "        return PromptView(self._entered[0].to(device), *text, *vision)",
-        "tests/test_methods_inside.py::test_survivors_carry_the_recycled_ones",
+        "tests/test_methods_inside.py::test_it_keeps_what_its_formula_says",
     ),
     Mutant(
         "methods: position stays in SparseVLM+'s attention",
@@ -519,7 +519,7 @@ MUTANTS = [
         "pruners/sparsevlm.py",
         "        centres = places.gather(1, centres).masked_fill(~real, tokens)",
         "        centres = places.gather(1, centres)",
-        "tests/test_methods_inside.py::test_survivors_carry_the_recycled_ones",
+        "tests/test_methods.py::test_a_sample_that_keeps_all_beside_one_that_does_not",
     ),
     Mutant(
         "methods: tokens that hardly change stay",
