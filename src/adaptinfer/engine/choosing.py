@@ -137,7 +137,8 @@ class Stages:
 
     def _select(self, view: StageView) -> Selection:
         """Let the pruner choose, and settle it."""
-        selection = self._pruner.select(view, self._stages[view.layer])
+        with torch.autocast(view.query.device.type, enabled=False):
+            selection = self._pruner.select(view, self._stages[view.layer])
         candidates = view.vision_mask
         if candidates is None:
             candidates = torch.ones_like(view.vision_index, dtype=torch.bool)

@@ -69,6 +69,11 @@ class FeatureView:
         """Hidden states behind a block of the tower, [B, V, w]."""
         return self._taken(Read("hidden", layer, of))
 
+    @property
+    def cropped(self) -> bool:
+        """Whether pictures come as an overview and crops that the model puts together."""
+        return self._images.cropped
+
     def crops(self) -> Tensor:
         """Which crop each vision token comes from, int64 [B, V]; 0 for a picture's overview. Line ends follow a row.
 
@@ -190,6 +195,10 @@ class Images:
     def taken(self, read: Read) -> Callable[[Encoded], Tensor]:
         assert self._tower is not None
         return functools.partial(self._tower.per_feature, read=read)
+
+    @property
+    def cropped(self) -> bool:
+        return any(each.crops for each in self._encoded)
 
     def crops(self, encoded: Encoded) -> Tensor:
         """The crop of each feature, counted from 0 in each image, int64 [F]."""

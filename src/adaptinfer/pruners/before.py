@@ -29,6 +29,7 @@ __all__ = [
     "Read",
     "Selector",
     "SelectsBefore",
+    "budget_within",
     "check_setting",
     "nearest",
     "of_order",
@@ -117,6 +118,12 @@ def tokens_of(budget: float, vision_tokens: int, factor: float = 1.0) -> int:
     if exact > vision_tokens:
         raise ScheduleError(f"budget: {budget} is more than the {vision_tokens} vision tokens there are")
     return min(vision_tokens, max(1, int(exact * Fraction(repr(float(factor))) + Fraction(1, 2))))
+
+
+def budget_within(budget: float, vision_tokens: int, entering: int) -> float:
+    """A budget of the whole prompt as one of the ``entering`` tokens that a selection leaves (below 1 a share)."""
+    exact = Fraction(repr(float(budget))) * (vision_tokens if budget < 1 else 1)
+    return float(exact if exact >= 1 else exact / entering)
 
 
 def check_setting(name: str, value: Any, least: float, most: float, whole: bool = False) -> None:

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adaptinfer.pruners.base import Need, Pruner, PrunerError, Selection
-from adaptinfer.pruners.before import Read, Selector, SelectsBefore
+from adaptinfer.pruners.before import Read, Selector, SelectsBefore, budget_within
 from adaptinfer.schedule import Schedule, ScheduleError, Stage
 
 if TYPE_CHECKING:
@@ -97,15 +97,15 @@ class Composed(TwoPart):
         if not entering:
             return ()
         if budget is not None:
-            average = budget * vision_tokens if budget < 1 else budget
-            if average > entering:
+            within = budget_within(budget, vision_tokens, entering)
+            if within > entering:
                 raise ScheduleError(
-                    f"budget: a true average of {average:.4g} vision tokens cannot be met, for {self.before.name} lets "
+                    f"budget: a true average of {within:.4g} vision tokens cannot be met, for {self.before.name} lets "
                     f"only {entering} into the language model; let it keep more, or take a smaller budget"
                 )
-            if average == entering:
+            if within == entering:
                 return ()
-            inside = dataclasses.replace(inside, budget=average / entering)  # a share, below 1
+            inside = dataclasses.replace(inside, budget=within)
         schedule = inside.plan(num_layers, entering, scoring)
         return tuple(
             Stage(stage.layer, keep) for stage, keep in zip(schedule.stages, schedule.keeps(entering), strict=True)

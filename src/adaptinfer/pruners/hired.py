@@ -60,7 +60,7 @@ class HiRED(Selector):
 
     def _of_picture(self, view: FeatureView, grids: tuple, here: slice, attention: Tensor, keep: int) -> Tensor:
         """Marks ``keep`` tokens of one picture, bool [B, size]."""
-        if len(grids) != 2:
+        if not view.cropped or len(grids) != 2 or grids[1] == (1, 1):  # no crops: one line end stands there
             return top(attention, keep)
         (rows, columns), (high, wide) = grids
         overview = rows * columns

@@ -13,6 +13,7 @@ from adaptinfer.pruners.base import Pruner, Selection, published_schedules
 from adaptinfer.pruners.before import (
     Read,
     Selector,
+    budget_within,
     check_setting,
     nearest,
     rank_within,
@@ -153,11 +154,11 @@ def staged(
         shape: wanted layer -> proportion of its keep.
     """
     first = tokens_of(budget, vision_tokens, entering)
-    average = budget * vision_tokens if budget < 1 else budget
+    within = budget_within(budget, vision_tokens, first)
     before = (Stage(BEFORE, first),) if first < vision_tokens else ()
-    if average >= first:
+    if within >= first:
         return Schedule((Stage(BEFORE, tokens_of(budget, vision_tokens)),) if before else (), num_layers, vision_tokens)
     possible = [layer for layer in range(num_layers - 1) if scoring is None or layer in scoring]
     layers = sorted({min(possible, key=lambda each: (abs(each - layer), each)) for layer in shape}) if possible else []
-    inside = solve(average / first, num_layers, first, layers, [*shape.values()][: len(layers)])
+    inside = solve(within, num_layers, first, layers, [*shape.values()][: len(layers)])
     return Schedule((*before, *inside.stages), num_layers, vision_tokens)
