@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["RECORDING", "TOWER_ATTENTION", "Encoded", "Tower", "attention_in_tower"]
+__all__ = ["RECORDING", "TOWER_ATTENTION", "Encoded", "Tower", "attention_in_tower", "tower_of"]
 
 TOWER_ATTENTION = "adaptinfer_tower"
 RECORDING: ContextVar[Encoded | None] = ContextVar("adaptinfer_recording", default=None)
@@ -68,6 +68,11 @@ class Encoded:
         return sum(self.counts)
 
 
+def tower_of(base: Any) -> Any:
+    """The vision tower of a multimodal model without its head; None if it has none under a known name."""
+    return next((getattr(base, name) for name in _NAMES if hasattr(base, name)), None)
+
+
 class Tower:
     """A model's vision tower, and the taps on those of its blocks that a method reads."""
 
@@ -75,7 +80,7 @@ class Tower:
         """Raises:
         UnsupportedError: the tower has no blocks that can be read, or fewer than a method needs.
         """
-        self.module: Any = next((getattr(base, name) for name in _NAMES if hasattr(base, name)), None)
+        self.module: Any = tower_of(base)
         self._model_type, self._base = model_type, base
         if self.module is None:
             raise UnsupportedError(f"{model_type}: no vision tower was found, which this method reads")
