@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +138,7 @@ class Stages:
 
     def _select(self, view: StageView) -> Selection:
         """Let the pruner choose, and settle it."""
-        with torch.autocast(view.query.device.type, enabled=False):
+        with _without_autocast(view.query.device):
             selection = self._pruner.select(view, self._stages[view.layer])
         candidates = view.vision_mask
         if candidates is None:
@@ -156,7 +157,7 @@ class Stages:
         vision, text, _ = self._tokens(device)
         text_index, _ = rectangle(text, layout.text_counts)
         vision_index, vision_mask = rectangle(vision, self._counts)
-        with torch.autocast(device.type, enabled=False):
+        with _without_autocast(device):
             selection, hidden = select_before(
                 self._pruner,  # pyright: ignore - `Handle` lets no other pruner have such a stage
                 hidden,
@@ -278,3 +279,9 @@ class Stages:
         history = history_of(self.cache, layer)
         dropped = 0 if history is None else history.dropped
         return min(columns, self.past + self.length - dropped)
+
+
+def _without_autocast(device: torch.device) -> Any:
+    """Scores are float32 whatever the model computes in; some devices have no autocast to switch off."""
+    known = torch.amp.is_autocast_available(device.type)  # pyright: ignore
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
