@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         VScan,
     )
     from adaptinfer.pruners.config import from_pretrained
+    from adaptinfer.resize import Resize
     from adaptinfer.schedule import PRESETS, ModelShape, Schedule, ScheduleError, Stage, preset, solve
 
 __version__ = "0.1.0"
@@ -78,6 +79,7 @@ __all__ = [
     "Random",
     "RandomBefore",
     "Report",
+    "Resize",
     "STARPro",
     "Scans",
     "Schedule",
@@ -111,6 +113,7 @@ _HOME = {
         *("RandomBefore", "STARPro", "Scans", "StrideBefore", "VScan", "VisPruner", "VisionZip"),
     ),
     "pruners.config": ("from_pretrained",),
+    "resize": ("Resize",),
     "schedule": ("PRESETS", "ModelShape", "Schedule", "ScheduleError", "Stage", "preset", "solve"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -17,7 +17,7 @@ __all__ = ["RandomBefore", "StrideBefore"]
 
 @dataclasses.dataclass(frozen=True)
 class RandomBefore(Selector):
-    """Keep vision tokens at random: the same ones for the same seed, alone or in a batch, on every device.
+    """Keep vision tokens at random, before the language model; the same ones for the same seed.
 
     Attributes:
         seed: change it from sample to sample when measuring, for the choice depends on nothing else.
@@ -39,7 +39,7 @@ class RandomBefore(Selector):
 
 @dataclasses.dataclass(frozen=True)
 class StrideBefore(Selector):
-    """Keep vision tokens evenly spaced in the prompt."""
+    """Keep vision tokens evenly spaced in the prompt, before the language model."""
 
     name: ClassVar[str] = "stride-before"
     reference: ClassVar[str] = "control"

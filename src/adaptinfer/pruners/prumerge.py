@@ -23,8 +23,9 @@ __all__ = ["PruMerge", "PruMergePlus", "outliers_and_uniform"]
 
 @dataclasses.dataclass(frozen=True)
 class PruMerge(Selector):
-    """Keep the tokens that the class token attends to most, and add to each the tokens whose keys resemble its own most
-    (cosine over all heads), weighed by the class token's attention.
+    """Tokens that the class token attends to most, each with those of similar keys added to it.
+
+    Similar is the cosine over all heads; what is added is weighed by the class token's attention.
 
     As published the number of tokens is that of the outliers of each picture, about 32 of 576; here it is the budget's,
     so that shapes are known beforehand. Merging happens in front of the projector where a model projects token by token
@@ -73,8 +74,10 @@ class PruMerge(Selector):
 
 @dataclasses.dataclass(frozen=True)
 class PruMergePlus(PruMerge):
-    """PruMerge whose budget is filled up with evenly spaced tokens: the outliers of the class token's attention (above
-    the third quartile by 1.5 times the distance of the quartiles) first, then a uniform sample of the others.
+    """PruMerge of the outliers of the class token's attention and a uniform sample of the others.
+
+    Outliers lie above the third quartile by 1.5 times the distance of the quartiles; evenly spaced tokens fill up the
+    budget.
 
     Attributes:
         neighbours: tokens that are added to each.

@@ -66,8 +66,11 @@ def pivots(features: Tensor, count: int) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class STARPro(TwoPart):
-    """`Coverage` keeps twice the budget T; after 3/8 and 3/4 of the layers the attention of SparseVLM's raters keeps
-    T / 2 and T / 4, which is a true average of T."""
+    """Coverage of the features before the language model, and two stages of rater attention inside it.
+
+    `Coverage` keeps twice the budget T; after 3/8 and 3/4 of the layers the attention of SparseVLM's raters keeps T / 2
+    and T / 4, which is a true average of T.
+    """
 
     name: ClassVar[str] = "starpro"
     reference: ClassVar[str] = "arXiv 2609.05916"

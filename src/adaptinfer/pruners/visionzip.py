@@ -20,8 +20,10 @@ Merge = Literal["add", "average"]
 
 @dataclasses.dataclass(frozen=True)
 class VisionZip(Selector):
-    """54 of 64 tokens are those that the class token attends to most. The other 10 stand evenly spaced among the rest;
-    each of what is left joins the one with the most similar key (cosine, the mean over heads).
+    """Tokens that the class token attends to most, and contextual ones into which all others are merged.
+
+    54 of 64 go by attention. The other 10 stand evenly spaced among the rest; each of what is left joins the one with
+    the most similar key (cosine, the mean over heads).
 
     Merging happens in front of the projector where a model projects token by token (LLaVA), else behind it. Published
     budgets count the class token, which has no place in a prompt here: a patch takes it.

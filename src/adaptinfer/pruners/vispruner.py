@@ -21,8 +21,10 @@ __all__ = ["VisPruner", "without_duplicates"]
 
 @dataclasses.dataclass(frozen=True)
 class VisPruner(Selector):
-    """A share of the budget goes to the tokens that the class token attends to most, the rest to what is left after
-    near-duplicates have been dropped a few at a time. Similarity is the cosine of projected features.
+    """Tokens that the class token attends to most, and of the others those that are no near-duplicates.
+
+    A share of the budget goes by attention, the rest to what is left after near-duplicates have been dropped a few at a
+    time. Similarity is the cosine of projected features.
 
     Attributes:
         important_share: of the budget, that goes by attention.

@@ -40,7 +40,7 @@ _TOWER = 24  # blocks of the tower that the published layers belong to
 
 @dataclasses.dataclass(frozen=True)
 class Scans(Selector):
-    """VScan's part before the language model.
+    """VScan's part before the language model: the most attended tokens of each window, and of the whole picture.
 
     Half of the budget goes to the tokens that the class token attends to most within each window, in an early block of
     the tower, the best of every window before the second-best of any; the other half to the most attended of all the
@@ -106,8 +106,10 @@ def _windows(grids: Grids, size: int) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class VScan(TwoPart):
-    """`Scans` keep 1.5 times the budget; half-way through the language model the attention of the last token, the mean
-    over heads, keeps as many as make the budget the true average of all layers (half of it, with an even number).
+    """A local and a global scan before the language model, and the last token's attention half-way through it.
+
+    `Scans` keep 1.5 times the budget. The attention of the last token, the mean over heads, then keeps as many as make
+    the budget the true average of all layers: half of it, with an even number of layers.
 
     Attributes:
         scans: 1.5 as published: what enters the language model, in budgets.
