@@ -72,6 +72,7 @@ OLDER_TESTS = {
     "test_a_reset_cache_is_a_fresh_one[dynamic": "a reset dynamic cache keeps its length",
     "test_quantisers_of_other_libraries_without_loss": "beams on a quantised cache fail",
     "test_text_alone_is_vanilla_bit_for_bit[qwen2_5_vl": "rope deltas of the last prompt are used for text alone",
+    "test_ways_to_generate[{'num_beams'": "beams repeat pictures, not rows of pictures",
     "test_second_turn_on_one_cache[qwen2_5_vl": "rope deltas of the last prompt are used for text alone",
 }
 

@@ -22,11 +22,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers.cache_utils import StaticLayer
 from transformers.distributed import DistributedConfig
 
-from adaptinfer import AdaptInfer, Random, Schedule, Stage, UnsupportedError, attach, disabled
+from adaptinfer import METHODS, AdaptInfer, Random, Schedule, Stage, UnsupportedError, attach, disabled
 from adaptinfer.engine import parallel
 
 STAGES = Schedule((Stage(1, 20), Stage(3, 6)), tiny.LAYERS)
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+METHODS_THAT_SPLIT = ("pyramiddrop", "dart", "feather", "fastv", "sparsevlm", "v2drop")  # others are refused
 GREEDY["suppress_tokens"] = [tiny.IMAGE, tiny.VIDEO]
 
 
@@ -81,6 +82,8 @@ def cells(family: str):
     yield "late drop", AdaptInfer(schedule=STAGES), padded, {"early_drop": False}
     yield "no prior, padded", AdaptInfer(schedule=STAGES, prior_weight=0.0), padded, {}
     yield "beams", AdaptInfer(schedule=STAGES), padded, {"num_beams": 2}
+    for name in METHODS_THAT_SPLIT:
+        yield name, METHODS[name](schedule=shares), padded, {}
     if "cumulative_length" in getattr(StaticLayer, "__annotations__", {}):  # transformers 5.5
         yield "static", AdaptInfer(schedule=STAGES), padded, {"cache_implementation": "static"}
 
@@ -93,6 +96,9 @@ def compare(family: str, attention: str, path: Path, kind, ranks: int, quick: bo
         yield f"{family}, {attention}, {name}", [outcome(m, m, pruner, inputs, **options) for m in (split, whole)]
     if quick and family != "llava":
         return
+    if quick:
+        for name, pruner, inputs, options in itertools.islice(cells(family), 8, 11):
+            yield f"{family}, {attention}, {name}", [outcome(m, m, pruner, inputs, **options) for m in (split, whole)]
     pruner = AdaptInfer(schedule=STAGES, prior_weight=0.5)
     expected = outcome(whole, whole, pruner, inputs)
     yield f"{family}, {attention}, base model", [outcome(split, split.base_model, pruner, inputs), expected]
@@ -116,6 +122,12 @@ def guards(family: str, path: Path, kind, ranks: int):
     inputs = tiny.batch(family, [tiny.simple(family, seed=4)])
     with mock.patch.object(parallel, "sum_over_ranks", lambda tensor, group: tensor):
         yield "not reduced", outcome(split, split, AdaptInfer(schedule=STAGES), inputs)
+    for name in ("fitprune", "sparsevlm+"):
+        with attach(split, METHODS[name](schedule=STAGES)), torch.no_grad():
+            try:
+                split(**inputs)
+            except UnsupportedError as error:
+                yield f"refused {name}", str(error)
     with attach(split, AdaptInfer(schedule=STAGES)) as handle, torch.no_grad():
         handle._ranks._groups.clear()
         try:

@@ -91,7 +91,7 @@ def ranks(tmp_path_factory):
 
 
 def check_ranks(results):
-    cells = [name for name in results[0] if name not in ("not reduced", "no group")]
+    cells = [name for name in results[0] if name not in ("not reduced", "no group") and not name.startswith("refused")]
     for name in cells:
         for rank in results:
             split, whole = rank[name]
@@ -127,6 +127,11 @@ def test_without_the_reduction_ranks_disagree(ranks):
 
 def test_a_split_without_a_group_is_refused(ranks, models):
     assert "holds 2 of 4 attention heads, but the process group" in ranks()[0]["no group"]
+
+
+@pytest.mark.parametrize("name", ["fitprune", "sparsevlm+"])
+def test_a_score_that_is_no_sum_over_heads_is_refused(ranks, name):
+    assert f"{name} " in (said := ranks()[0][f"refused {name}"]) and "holds some of the heads only" in said
 
 
 def test_a_model_that_says_it_is_split_must_show_its_group(models):

@@ -190,13 +190,13 @@ def test_a_count_of_vision_tokens_is_needed_from_somewhere() -> None:
 
 BAD_FIELDS = [
     ({"stages": [(3, 5)]}, r"stages\[0\].layer: must be at most 2 with 4 layers, not 3"),
-    ({"stages": [(-1, 5)]}, r"stages\[0\].layer: must be at least 0"),
+    ({"stages": [(-2, 5)]}, r"stages\[0\].layer: must be at least -1"),
     ({"stages": [(1, 5), (1, 4)]}, r"stages\[1\].layer: 1 does not come after 1"),
     ({"stages": [(2, 5), (1, 4)]}, r"stages\[1\].layer: 1 does not come after 2"),
     ({"stages": [(True, 5)]}, r"stages\[0\].layer: must be a whole number, not True"),
     ({"stages": [(1.0, 5)]}, r"stages\[0\].layer: must be a whole number, not 1.0"),
     ({"stages": [("1", 5)]}, r"stages\[0\].layer: must be a whole number, not '1'"),
-    ({"stages": [(0, 5), (1, 4), (2, 3), (3, 2)]}, "stages: 4 stages, but 4 layers have room for 3"),
+    ({"stages": [(-1, 6), (0, 5), (1, 4), (2, 3), (3, 2)]}, "stages: 5 stages, but 4 layers have room for 4"),
     ({"stages": [(0, 11)]}, r"stages\[0\].keep: 11 is more than the 10"),
     ({"stages": [(0, 5), (1, 6)]}, r"stages\[1\].keep: 6 is more than the 5"),
     ({"stages": [(0, 0.5), (1, 6)]}, r"stages\[1\].keep: 6 is more than the 5"),

@@ -309,9 +309,7 @@ def _console() -> Console:
 def _print_answer(answer: Answer, requested: _Requested) -> None:
     console, report = _console(), answer.report
     console.print(Text(answer.text or "(no answer)", style="bold"), soft_wrap=True)
-    kept = ", ".join(
-        f"{len(kept[0])} after layer {stage.layer}" for stage, kept in zip(report.stages, report.kept, strict=True)
-    )
+    kept = ", ".join(f"{len(kept[0])} {stage.place}" for stage, kept in zip(report.stages, report.kept, strict=True))
     console.print(
         Text(
             f"{report.vision_tokens[0]} vision tokens -> {report.true_average[0]:.4g} a layer on average, {requested} "

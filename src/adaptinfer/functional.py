@@ -20,8 +20,10 @@ __all__ = [
     "attention_rows",
     "combine_sums",
     "counter_uniform",
+    "evenly_spaced",
     "gather_tokens",
     "marked_first",
+    "per_sample",
     "positions_of",
     "scatter_tokens",
     "select_top_k",
@@ -156,6 +158,26 @@ def top_k_mask(score: Tensor, candidates: Tensor, k: int | Tensor) -> Tensor:
     ranked = score.masked_fill(~candidates, float("-inf")).sort(dim=1, descending=True, stable=True).indices
     chosen = (torch.arange(score.shape[1], device=score.device) < k).expand_as(ranked)
     return torch.zeros_like(candidates).scatter(1, ranked, chosen) & candidates
+
+
+def per_sample(values: Sequence[int], device: torch.device) -> int | Tensor:
+    """Numbers known on the host, one a sample, for use against [B, n]: one number if all are equal, else int64 [B, 1]."""
+    if min(values) == max(values):
+        return values[0]
+    return torch.tensor(values).to(device, non_blocking=True)[:, None]
+
+
+def evenly_spaced(counts: Sequence[int], keeps: Sequence[int], device: torch.device) -> Tensor:
+    """Mark keeps[b] of the first counts[b] columns of each row, as evenly as whole numbers allow.
+
+    Column j is marked where (j + 1) k / n passes a whole number, so each of k runs of about n / k columns ends with one.
+
+    Returns:
+        bool [B, max(counts)].
+    """
+    column = torch.arange(max(counts), device=device)[None].expand(len(counts), -1)
+    n, k = per_sample([max(1, count) for count in counts], device), per_sample(keeps, device)
+    return ((column + 1) * k // n > column * k // n) & (column < per_sample(counts, device))
 
 
 def marked_first(mask: Tensor, count: int) -> Tensor:

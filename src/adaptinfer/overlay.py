@@ -240,7 +240,7 @@ def draw_overlay(
     if len(images) != len(grids):
         raise OverlayError(f"overlay: {len(images)} pictures and {len(grids)} grids")
     panels = _panels(report, grids)
-    figure = _figure(images, grids, panels, [stage.layer for stage in report.stages], question, answer)
+    figure = _figure(images, grids, panels, [stage.place for stage in report.stages], question, answer)
     target = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a sign that the font lacks is drawn as a box
@@ -285,7 +285,7 @@ def _figure(
     images: Sequence[Image.Image],
     grids: Sequence[Grid],
     stages: list[list[Panel]],
-    layers: list[int],
+    places: list[str],
     question: str,
     answer: str,
 ) -> Figure:
@@ -323,9 +323,9 @@ def _figure(
     for number, (image, grid, frame) in enumerate(zip(images, grids, frames, strict=True)):
         _draw_picture(axes[number, 0], image, grid, frame, panel, survivors=None)
         _caption(axes[number, 0], f"the picture: {grid.tokens} tokens")
-        for stage, (layer, panels) in enumerate(zip(layers, stages, strict=True), start=1):
+        for stage, (place, panels) in enumerate(zip(places, stages, strict=True), start=1):
             _draw_picture(axes[number, stage], image, grid, frame, panel, panels[number])
-            _caption(axes[number, stage], f"after layer {layer}: {len(panels[number])} of {grid.tokens} tokens")
+            _caption(axes[number, stage], f"{place}: {len(panels[number])} of {grid.tokens} tokens")
     if stages:
         bar = figure.add_axes((0.15 / width, 0.3 / height, min(2.6, width / 3) / width, 0.11 / height))
         figure.colorbar(ScalarMappable(cmap=_heat_map()), cax=bar, orientation="horizontal")

@@ -28,6 +28,8 @@ from adaptinfer.files import write_whole
 
 FORMAT = "adaptinfer.schedule"
 VERSION = 1
+BEFORE = -1
+"""The layer of a stage that acts before the language model: layer 0 is given what it keeps."""
 
 
 class ScheduleError(AdaptInferError, ValueError):
@@ -37,6 +39,8 @@ class ScheduleError(AdaptInferError, ValueError):
 @dataclass(frozen=True)
 class Stage:
     """Layer `layer` (from 0) still attends over all it was given; from layer + 1 on only `keep` vision tokens remain.
+
+    Layer -1 (`BEFORE`) is a selection before the language model: layer 0 is given `keep` vision tokens.
 
     `keep` as an int counts vision tokens; as a float in [0, 1] it is a share of those that enter the stage (so 1 is one
     token and 1.0 is all of them). A stage is validated by the Schedule it is put into, which knows its place.
@@ -267,7 +271,7 @@ class Schedule:
     def _given_and_kept(self, vision_tokens: int | None) -> list[tuple[int, int]]:
         """Per layer: vision tokens given to it, and those it hands on."""
         kept_at = dict(zip((stage.layer for stage in self.stages), self.keeps(vision_tokens), strict=True))
-        given, per_layer = self._prompt_tokens(vision_tokens), []
+        given, per_layer = kept_at.get(BEFORE, self._prompt_tokens(vision_tokens)), []
         for layer in range(self.num_layers):
             kept = kept_at.get(layer, given)
             per_layer.append((given, kept))
@@ -287,6 +291,7 @@ def solve(
     layers: Sequence[int] | None = None,
     shape: Sequence[int | float] | None = None,
     possible: Sequence[int] | None = None,
+    like: Schedule | None = None,
 ) -> Schedule:
     """A schedule whose true average is `budget`: vision tokens per layer, or a share of all of them if below 1.
 
@@ -295,6 +300,7 @@ def solve(
     proportions of the keeps, one per stage, never growing. None takes those of the published schedule with the nearest
     label (per 576 vision tokens). `possible` names the layers in which a stage can sit at all (a model with linear
     attention has others): the default layers then move to the nearest of these, the first one rather to an earlier.
+    `like` is another published schedule, whose depths and proportions take the place of these defaults.
 
     Keeps are whole tokens near those proportions, and none exceeds `vision_tokens` (later stages then get more). The
     average comes out at most 1 % below the budget, else at most 1 % above it, else as near as whole tokens come: one
@@ -314,6 +320,8 @@ def solve(
         return Schedule((), num_layers, vision_tokens)
 
     total = average * num_layers  # in token-layers, exact
+    if like is not None:
+        layers, shape = _solver_stages_like(like, num_layers, vision_tokens, total, possible)
     depths = _solver_layers(layers, num_layers, vision_tokens, total, possible)
     head = vision_tokens * (depths[0] + 1) if depths else vision_tokens * num_layers
     if head > total:
@@ -349,7 +357,7 @@ def _checked_stages(stages: object, num_layers: int, vision_tokens: int | None) 
     for index, stage in enumerate(stages):
         if not isinstance(stage, Stage):
             raise ScheduleError(f"stages[{index}]: must be a Stage, not {stage!r}")
-    layers = _checked_layers("stages[{}].layer", [stage.layer for stage in stages], num_layers)
+    layers = _checked_layers("stages[{}].layer", [stage.layer for stage in stages], num_layers, least=BEFORE)
     checked: list[Stage] = []
     entering = vision_tokens  # None as long as it depends on the prompt
     for index, (layer, stage) in enumerate(zip(layers, stages, strict=True)):
@@ -364,17 +372,18 @@ def _checked_stages(stages: object, num_layers: int, vision_tokens: int | None) 
     return tuple(checked)
 
 
-def _checked_layers(path: str, layers: Sequence[object], num_layers: int) -> list[int]:
+def _checked_layers(path: str, layers: Sequence[object], num_layers: int, least: int = 0) -> list[int]:
     """Strictly ascending layers before the last one. `path` is the field's name, with {} for the index."""
-    if len(layers) > num_layers - 1:
+    room = num_layers - 1 - least
+    if len(layers) > room:
         raise ScheduleError(
-            f"{path.partition('[')[0]}: {len(layers)} stages, but {num_layers} layers have room for {num_layers - 1} "
-            "(one a layer, none in the last)"
+            f"{path.partition('[')[0]}: {len(layers)} stages, but {num_layers} layers have room for {room} "
+            f"(one a layer, none in the last{'' if least == 0 else ', one before the first'})"
         )
     checked: list[int] = []
     for index, value in enumerate(layers):
         field = path.format(index)
-        layer = _whole(field, value)
+        layer = _whole(field, value, least=least)
         if layer > num_layers - 2:
             raise ScheduleError(f"{field}: must be at most {num_layers - 2} with {num_layers} layers, not {layer}")
         if checked and layer <= checked[-1]:
@@ -433,15 +442,33 @@ def _solver_layers(
         if not isinstance(layers, Sequence) or isinstance(layers, str):
             raise ScheduleError(f"layers: must be a sequence of layer numbers, not {layers!r}")
         return _checked_layers("layers[{}]", list(layers), num_layers)
+    depths = [Fraction(depth, 32) for depth in _PUBLISHED_LAYERS]
+    return sorted(set(_layers_at(depths, num_layers, total / vision_tokens, possible)))
+
+
+def _solver_stages_like(
+    like: Schedule, num_layers: int, vision_tokens: int, total: Fraction, possible: Sequence[int] | None
+) -> tuple[list[int], list[int]]:
+    """Layers and proportions of another schedule's stages; of stages that fall into one layer the last one counts."""
+    depths = [Fraction(stage.layer, like.num_layers) for stage in like.stages]
+    layers = _layers_at(depths, num_layers, total / vision_tokens, possible)
+    merged = dict(zip(layers, like.keeps(like.vision_tokens or 576), strict=bool(layers)))
+    return list(merged), list(merged.values())
+
+
+def _layers_at(
+    depths: list[Fraction], num_layers: int, whole_layers: Fraction, possible: Sequence[int] | None
+) -> list[int]:
+    """Layers at relative depths, ascending. `whole_layers` is how many layers with all tokens the budget would pay."""
     allowed = [layer for layer in range(num_layers - 1) if possible is None or layer in possible]
-    if not allowed:
+    if not allowed or not depths:
         return []
-    scaled = (_round_half_up(Fraction(depth * num_layers, 32)) for depth in _PUBLISHED_LAYERS)
+    scaled = (_round_half_up(depth * num_layers) for depth in depths)
     first, *later = [min(allowed, key=lambda layer: (abs(layer - depth), layer)) for depth in scaled]
-    earliest_enough = math.floor(_MOST_BEFORE_FIRST_STAGE * total / vision_tokens) - 1
+    earliest_enough = math.floor(_MOST_BEFORE_FIRST_STAGE * whole_layers) - 1
     if first > earliest_enough:
         first = max((layer for layer in allowed if layer <= earliest_enough), default=allowed[0])
-    return sorted({first, *later})
+    return [first, *later]
 
 
 def _solver_shape(shape: Sequence[int | float] | None, depths: list[int], label: Fraction) -> list[Fraction]:

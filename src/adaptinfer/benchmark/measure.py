@@ -89,17 +89,17 @@ class Bench:
         return figures
 
     def scorer(self, variant: Variant) -> Figures:
-        """``scorer_ms`` of one pass: the pruner's ``score`` is wrapped in two marks."""
+        """``scorer_ms`` of one pass: the pruner's ``select`` is wrapped in two marks."""
         spans: list[tuple[Mark, Mark]] = []
         timed: Any = copy.copy(variant.pruner)
 
-        def score(view: Any) -> Any:
+        def select(view: Any, keeps: tuple[int, ...]) -> Any:
             start = self.clock.mark()
-            scores = variant.pruner.score(view)  # pyright: ignore[reportOptionalMemberAccess]
+            selection = variant.pruner.select(view, keeps)  # pyright: ignore[reportOptionalMemberAccess]
             spans.append((start, self.clock.mark()))
-            return scores
+            return selection
 
-        object.__setattr__(timed, "score", score)  # the dataclass is frozen
+        object.__setattr__(timed, "select", select)  # the dataclass is frozen
         with self.attached(variant, timed):
             self._first_token()
         self.clock.synchronise()

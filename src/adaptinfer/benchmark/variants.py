@@ -88,6 +88,9 @@ def variants(
     # A budget of all tokens is solved without a stage: hooks, masks and cache layers run, and nothing is dropped.
     found = [Variant(VANILLA), Variant(KEEP_ALL, AdaptInfer(budget=vision_tokens))]
     for name, pruner, published in pruned:
+        if pruner.acts_behind:  # it needs the outputs of all tokens, so there is no early drop
+            found.append(Variant(name, pruner, False, published))
+            continue
         if early_drop in ("on", "both"):
             found.append(Variant(name, pruner, True, published))
         if early_drop in ("off", "both"):
@@ -114,7 +117,8 @@ def check_variants(
             if variant.pruner is None:
                 schedule = Schedule((), num_layers, vision_tokens)
             else:
-                schedule = variant.pruner.plan(num_layers, vision_tokens, family.scoring)
+                layers = family.stage_layers(variant.pruner.needs)
+                schedule = variant.pruner.plan(num_layers, vision_tokens, layers)
             schedule.keeps(vision_tokens)
         except ScheduleError as error:
             raise ScheduleError(f"{error} (variant {variant.name!r})") from None

@@ -6,20 +6,18 @@ import copy
 import functools
 import inspect
 import operator
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adaptinfer.engine.cache import cache_argument, check_cache, check_cache_kind, kv_bytes, seen_by
-from adaptinfer.engine.families import attention_of, family_of, is_flash
+from adaptinfer.engine.families import attention_of, family_of, is_flash, own_attention
 from adaptinfer.engine.forward import ACTIVE, Forward, decoding_inputs
 from adaptinfer.engine.guards import (
     arguments_of,
@@ -29,18 +27,24 @@ from adaptinfer.engine.guards import (
     check_ids,
     check_labels,
     check_mask,
+    check_needs,
     check_padding,
+    check_past,
     prompt_length,
     refuse_continuous_batching,
 )
 from adaptinfer.engine.layout import PromptLayout, read_layout
 from adaptinfer.engine.masks import real_tokens
 from adaptinfer.engine.parallel import Ranks
+from adaptinfer.engine.recorder import Recorder
 from adaptinfer.engine.report import Report
+from adaptinfer.engine.selection import Images
+from adaptinfer.engine.tower import TOWER_ATTENTION, Encoded, attention_in_tower
 from adaptinfer.errors import AdaptInferError, UnsupportedError
 from adaptinfer.functional import gather_tokens, scatter_tokens
 from adaptinfer.pruners.base import Pruner
-from adaptinfer.schedule import ModelShape, Schedule, ScheduleError
+from adaptinfer.pruners.before import SelectsBefore
+from adaptinfer.schedule import BEFORE, ModelShape, Schedule, ScheduleError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -96,11 +100,13 @@ class Generation:
         prompt: tokens of its whole prompt, cached ones included; what comes behind is answer, or a guess at it.
         begun: whether its first forward was met.
         reported: whether a prefill of it was reported.
+        encoded: images that it encoded before its first forward.
     """
 
     prompt: int
     begun: bool = False
     reported: bool = False
+    encoded: list[Encoded] = field(default_factory=list)
 
     def begin(self, past: int, new: int) -> None:
         """Take note of a forward; the first one tells whether generate was given the new tokens of a turn alone."""
@@ -154,6 +160,8 @@ class Handle:
                 f"rotary embedding of one-dimensional positions; {self._family.model_type} has another, so use "
                 "positions='keep'"
             )
+        check_needs(self._family, pruner)
+        self._stage_layers = self._family.stage_layers(pruner.needs)
         self._model: Any = model
         self._base: Any = model.base_model
         self._decoder: Any = model.get_decoder()
@@ -169,11 +177,13 @@ class Handle:
         self._overrides: list[tuple[Any, str, Any, Any]] = []
         self._attention_configs: list[tuple[Any, Any]] = []
         self._latest: Report | None = None
+        self.pruner = pruner
+        before = pruner if isinstance(pruner, SelectsBefore) else None
+        self._recorder = Recorder(self._base, model.config, before.reads) if before else None
         if pruner.schedule is not None:
             pruner.schedule.check(self._shape.num_layers)
             self._check_stages(pruner.schedule)
-        self.pruner = pruner
-        self.early_drop = early_drop
+        self.early_drop = early_drop and not pruner.acts_behind  # which needs the outputs of all tokens
         self._install()
         model.__dict__[_HANDLE] = self
 
@@ -192,17 +202,23 @@ class Handle:
             ScheduleError: the budget cannot be met for such a prompt.
         """
         if vision_tokens not in self._plans:
-            schedule = self.pruner.plan(self._shape.num_layers, vision_tokens, self._family.scoring)
+            schedule = self.pruner.plan(self._shape.num_layers, vision_tokens, self._stage_layers)
             self._check_stages(schedule)
             self._plans[vision_tokens] = schedule
         return self._plans[vision_tokens]
 
     def _check_stages(self, schedule: Schedule) -> None:
-        odd = [stage.layer for stage in schedule.stages if stage.layer not in self._family.scoring]
+        if self._recorder is None and any(stage.layer == BEFORE for stage in schedule.stages):
+            raise ScheduleError(
+                f"stages: {self.pruner.name} scores inside a layer, so it cannot select before the first one (layer "
+                f"{BEFORE}); put a method that can before it, as in DivPrune(budget=128) >> AdaptInfer(budget=64)"
+            )
+        odd = [stage.layer for stage in schedule.stages if stage.layer not in (BEFORE, *self._stage_layers)]
         if odd:
             raise ScheduleError(
                 f"stages: layer {odd[0]} has no keys of its own to score with (linear attention, or keys of an earlier "
-                f"layer); {self._family.model_type} can prune in layers {', '.join(map(str, self._family.scoring))}"
+                f"layer){', or stands before one' if self.pruner.acts_behind else ''}; {self.pruner.name} can prune "
+                f"{self._family.model_type} in layers {', '.join(map(str, self._stage_layers))}"
             )
 
     def detach(self) -> None:
@@ -245,6 +261,9 @@ class Handle:
         self._before(self._model, self._check_call)
         self._after(self._decoder, functools.partial(_unless_decoded, self._restore_length))
         AttentionInterface.register(_ATTENTION, _attention_in_stage)
+        if self._recorder is not None:
+            AttentionInterface.register(TOWER_ATTENTION, attention_in_tower)
+            self._recorder.install(self._override, self._retune, self._before, self._after, self._encodings)
         for number, layer in enumerate(self._decoder.layers):
             self._before(layer, functools.partial(self._enter_layer, number))
         for attention in _attentions(self._model):
@@ -253,8 +272,7 @@ class Handle:
             tapped = copy.copy(original)
             tapped._attn_implementation_internal = _ATTENTION
             tapped.adaptinfer_original, tapped.adaptinfer_owner = original, self
-            attention.config = tapped
-            self._attention_configs.append((attention, original))
+            self._retune(attention, original, tapped)
         if hasattr(self._decoder, "_deepstack_process"):
             self._override(self._decoder, "_deepstack_process", self._deepstack(self._decoder._deepstack_process))
         # Not a pair of hooks: those are skipped when a user interrupts the call.
@@ -272,6 +290,10 @@ class Handle:
     def _after(self, module: nn.Module, hook: Any) -> None:
         self._hooks.append(module.register_forward_hook(hook))
 
+    def _retune(self, attention: Any, original: Any, tapped: Any) -> None:
+        attention.config = tapped
+        self._attention_configs.append((attention, original))
+
     def _override(self, owner: Any, name: str, function: Any) -> None:
         self._overrides.append((owner, name, function, vars(owner).get(name)))
         vars(owner)[name] = function
@@ -279,7 +301,7 @@ class Handle:
     def _hook_stages(self, layers: Iterable[int]) -> None:
         """Early drop in the projection and MLP of pruning layers; other layers are spared the hooks."""
         with self._lock:
-            for number in set(layers) - self._hooked_stages:
+            for number in set(layers) - self._hooked_stages - {BEFORE}:
                 layer = self._decoder.layers[number]
                 parts = [getattr(attention_of(layer), name, None) for name in _OUTPUT]
                 parts += [getattr(layer, name, None) for name in _MLP]
@@ -422,11 +444,31 @@ class Handle:
                     check_flash(self._family.sources, stages)
                 if cache is not None:
                     check_cache(cache)
+                    check_past(self.pruner, cache, past)
                 if self.early_drop:
                     self._hook_stages(stages)
         tail = length if layout is None else layout.tail
-        return Forward(
+        forward = Forward(
             self, self._family, self.pruner, past, length, tail, layout, stages, self.early_drop, self._ranks, flash
+        )
+        if BEFORE in stages and ids is not None:
+            forward.images = functools.partial(self._images, forward, ids, [] if call is None else call.encoded)
+        return forward
+
+    def _encodings(self) -> list[Encoded] | None:
+        """Where the images that the model is about to encode are noted; None if nobody would ask for them."""
+        forward, call = self._active(), _GENERATIONS.get().get(id(self))
+        if self._is_disabled() or (forward is None and call is None):
+            return None
+        return call.encoded if forward is None else forward.encoded  # pyright: ignore
+
+    def _images(self, forward: Forward, ids: Tensor, earlier: list[Encoded]) -> Images:
+        """The images of a call, which it encoded itself, or `generate` did before it."""
+        recorder = self._recorder
+        assert recorder is not None and forward.layout is not None
+        encoded = forward.encoded or earlier
+        return Images(
+            encoded, ids, forward.layout, recorder.kinds, recorder.tower, recorder.model_type, recorder.projector
         )
 
     def _stages(self, layout: PromptLayout) -> dict[int, tuple[int, ...]]:
@@ -481,7 +523,7 @@ class Handle:
                 f"{hidden.shape[1]} tokens reach the decoder where the prompt has {forward.length}: the model does not "
                 "put its vision tokens in place of as many placeholder ids, so they cannot be told from text"
             )
-        return forward.enter(layer, hidden, named)
+        return forward.enter(layer, hidden, named, self._decoder.layers[layer].forward)
 
     @_outside_graphs
     def _drop_rows(self, layer: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -581,25 +623,11 @@ def _unless_decoded(hook: Any, module: nn.Module, args: Any, output: Any) -> Any
     return None if decoding else hook(module, args, output)
 
 
-class _Original:
-    """An attention module as it was before its config was tapped, for backends that look into the config."""
-
-    def __init__(self, module: Any) -> None:
-        self._module, self.config = module, module.config.adaptinfer_original
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
 def _attention_in_stage(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The model's own attention function; in a pruning layer it scores first and attends for survivors only."""
-    backend = module.config.adaptinfer_original._attn_implementation
-    if backend == "eager":
-        attend, caller = sys.modules[type(module).__module__].eager_attention_forward, module  # pyright: ignore
-    else:
-        attend, caller = ALL_ATTENTION_FUNCTIONS[backend], module if backend == "sdpa" else _Original(module)
+    attend, caller, backend = own_attention(module)
     if torch.compiler.is_compiling() and query.shape[2] == 1:
         return attend(caller, query, key, value, attention_mask, **kwargs)
     return _attention_of_call(attend, caller, backend, module, query, key, value, attention_mask, kwargs)
@@ -623,6 +651,7 @@ def _attention_of_call(
         return attend(caller, query, key, value, attention_mask, **kwargs)
     if is_flash(backend) and forward.segment is not None:
         kwargs.pop("position_ids", None)  # survivors' gaps would be taken for the seams of packed sequences
+    forward.answer(query, key, attention_mask, kwargs)
     layer = module.layer_idx
     if not forward.scores_in(layer):
         return attend(caller, query, key, value, attention_mask, **kwargs)

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from adaptinfer.engine.rotary import rotary_function
 from adaptinfer.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ __all__ = [
     "check_backend",
     "family_of",
     "is_flash",
+    "own_attention",
     "placeholders_of",
 ]
 
@@ -83,6 +86,7 @@ class Family:
         sources: for layers that read the keys of an earlier layer, which one (Gemma 4).
         token_inputs: names of further layer inputs that have a row per token.
         rotary: rotary embedding of renumbered positions; None where survivors cannot be renumbered.
+        rotate: for each scoring layer that shows it, how it puts rotary embedding on queries and keys.
     """
 
     model_type: str
@@ -93,6 +97,15 @@ class Family:
     sources: dict[int, int]
     token_inputs: tuple[str, ...]
     rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    rotate: dict[int, Callable[[Tensor, Tensor, Tensor], Tensor]]
+
+    def stage_layers(self, needs: frozenset[str]) -> tuple[int, ...]:
+        """Layers in which a stage of a method with these `Pruner.needs` may sit."""
+        if "next" in needs:  # whose keys are scored
+            return tuple(layer - 1 for layer in self.scoring if layer)
+        if "output" in needs:  # layers that share keys may be given the last tokens alone, the others' outputs are gone
+            return tuple(layer for layer in self.scoring if layer + 1 not in self.sources)
+        return self.scoring
 
     def key_source(self, layer: int) -> int:
         """The layer whose keys a layer reads: its own, as a rule."""
@@ -116,15 +129,18 @@ def family_of(model: nn.Module) -> Family:
     check_backend(text)
     recurrent = _checked_layers(layers, model_type)
     sources = _key_sources(text, len(layers))
+    scoring = tuple(i for i in range(len(layers)) if i not in recurrent and i not in sources)
+    rotate = {i: rotary_function(attention_of(layers[i])) for i in scoring}
     family = Family(
         model_type=model_type,
         placeholders=placeholders,
         heads=text.num_attention_heads,
-        scoring=tuple(i for i in range(len(layers)) if i not in recurrent and i not in sources),
+        scoring=scoring,
         recurrent=recurrent,
         sources=sources,
         token_inputs=_TOKEN_INPUTS,
         rotary=model.get_decoder().rotary_emb if text.model_type in _COMPACT else None,  # pyright: ignore
+        rotate={i: function for i, function in rotate.items() if function is not None},
     )
     if model_type not in TESTED:
         _probe(model, family)
@@ -164,6 +180,24 @@ def attention_of(layer: Any) -> Any:
         if module is not None and hasattr(module, "config") and hasattr(module, "layer_idx"):
             return module
     return None
+
+
+class _Untapped:
+    """An attention module as it was before its config was tapped, for backends that look into the config."""
+
+    def __init__(self, module: Any) -> None:
+        self._module, self.config = module, module.config.adaptinfer_original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def own_attention(module: Any) -> tuple[Any, Any, str]:
+    """Of a module whose config was tapped: its own attention function, what to call that with, and its name."""
+    backend = module.config.adaptinfer_original._attn_implementation
+    if backend == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward, module, backend  # pyright: ignore
+    return ALL_ATTENTION_FUNCTIONS[backend], module if backend == "sdpa" else _Untapped(module), backend
 
 
 def is_flash(implementation: str) -> bool:

@@ -1,4 +1,4 @@
-"""One forward call of an attached model: its stages, the segments of tokens between them, and the layer inputs.
+"""One forward call of an attached model: what each layer is given, and at which layers a stage looks.
 
 A `Forward` lives in a context variable for the length of one call of the multimodal model: two threads on one model, or
 two models in one thread, never see each other's.
@@ -6,8 +6,8 @@ two models in one thread, never see each other's.
 
 from __future__ import annotations
 
+import dataclasses
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,55 +25,34 @@ from adaptinfer.engine.cache import (
     mask_offset,
     whole_history,
 )
-from adaptinfer.engine.layout import PromptLayout, rectangle
-from adaptinfer.engine.masks import layer_mask, recurrent_mask, visible_keys
-from adaptinfer.engine.report import StageRecord
-from adaptinfer.engine.stage import StageView
+from adaptinfer.engine.choosing import Segment, Stages
+from adaptinfer.engine.masks import layer_mask, recurrent_mask
 from adaptinfer.errors import UnsupportedError
-from adaptinfer.functional import gather_tokens, positions_of, scatter_tokens, top_k_mask
+from adaptinfer.functional import gather_tokens, scatter_tokens
+from adaptinfer.schedule import BEFORE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from adaptinfer.engine.families import Family
+    from adaptinfer.engine.layout import PromptLayout
     from adaptinfer.engine.parallel import Ranks
+    from adaptinfer.engine.stage import StageView
     from adaptinfer.pruners.base import Pruner
 
-__all__ = ["ACTIVE", "Forward", "Segment"]
+__all__ = ["ACTIVE", "Forward"]
 
 ACTIVE: ContextVar[Forward | None] = ContextVar("adaptinfer_forward", default=None)
 
 
-@dataclass(frozen=True)
-class Segment:
-    """The tokens that the layers behind one stage see, [B, n].
+class _Asked(Exception):
+    """Ends a layer that was only asked for its queries and keys, and carries them."""
 
-    Attributes:
-        layer: the stage's layer; this segment is given to the layers after it.
-        index: int64, positions among the call's N tokens, ascending but for fillers, which stand first.
-        relative: int64, positions among the tokens of the segment before.
-        valid: bool or None; False marks a filler: a token that was dropped (or padding) and only completes the
-            rectangle of a batch whose samples keep different numbers. It is never attended.
-        vision: bool, the surviving vision tokens.
-        text: bool, the guiding text tokens.
-    """
-
-    layer: int
-    index: Tensor
-    relative: Tensor
-    valid: Tensor | None
-    vision: Tensor
-    text: Tensor
-
-    def to(self, device: torch.device) -> Segment:
-        """The same on the device of a later layer, should accelerate have put that elsewhere."""
-        if self.index.device == device:
-            return self
-        parts = (self.index, self.relative, self.valid, self.vision, self.text)
-        return Segment(self.layer, *(part if part is None else part.to(device) for part in parts))  # pyright: ignore
+    def __init__(self, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> None:
+        self.query, self.key, self.mask, self.options = query, key, mask, options
 
 
-class Forward:
+class Forward(Stages):
     """State of one call. ``stages`` maps a layer to the vision tokens that each sample keeps behind it."""
 
     def __init__(
@@ -96,145 +75,106 @@ class Forward:
         tail: from this of them on all are text, which stays whole and may be forgotten again (guesses of assisted
             decoding).
         """
+        super().__init__(family, pruner, past, length, layout, stages, early_drop, ranks)
         self.owner = owner
-        self.past, self.length, self.layout = past, length, layout
-        self.records: list[StageRecord] = []
-        self.cache: Any = None
-        self.segment: Segment | None = None
-        self.upcoming: Segment | None = None
-        self._family, self._pruner, self._early_drop, self._ranks = family, pruner, early_drop, ranks
-        self._stages, self._tail, self._flash = stages, tail, flash
-        self._counts = layout.vision_counts if layout else ()
+        self._tail, self._flash = tail, flash
+        self._asking = False
         self._memo: dict[Any, Any] = {}
         self._read_by: dict[int, tuple[History, Any, Segment | None]] = {}
 
-    @property
-    def prunes(self) -> bool:
-        """Whether any stage drops a token."""
-        return bool(self._stages)
+    # -- a stage behind its layer -----------------------------------------------------------------------------------
 
-    # -- inside a pruning layer -------------------------------------------------------------------------------------
-
-    def scores_in(self, layer: int) -> bool:
-        """Whether a stage sits in this layer."""
-        return layer in self._stages
-
-    def check_stages(self) -> None:
-        """Raise unless every stage was met: a layer whose attention went another way would go on unpruned."""
-        missed = set(self._stages) - {record.layer for record in self.records}
-        if missed:
-            raise UnsupportedError(
-                f"layers {sorted(missed)} were to prune, but their attention did not pass through transformers' "
-                "attention interface, so the answer is not a pruned one; please report this model"
-            )
-
-    def dropping(self, layer: int) -> Tensor | None:
-        """Rows that go on, if this layer need not compute the others' outputs; None for every other layer."""
-        upcoming = self.upcoming
-        return upcoming.relative if self._early_drop and upcoming is not None and upcoming.layer == layer else None
+    def answer(self, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> None:
+        """End the layer here, if it was only asked for its queries and keys."""
+        if self._asking:
+            raise _Asked(query, key, mask, options)
 
     @torch.no_grad()
-    def choose(
-        self, layer: int, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]
-    ) -> tuple[int, Callable[[Tensor], Tensor]]:
-        """Score the vision tokens inside the stage's layer and settle which tokens the next layer is given.
+    def _choose_behind(self, layer: int, hidden: Tensor, kwargs: dict[str, Any], run: Callable[..., Any]) -> Tensor:
+        """Choose behind a stage's layer, at the entry of the next.
 
         Args:
             layer: the stage's.
-            query: [B, H, n, D].
-            key: [B, K, L, D].
-            mask: the layer's own, of any kind.
-            options: the other arguments of the layer's attention function.
+            hidden: [B, n, d], its output.
+            kwargs: keyword arguments of the next layer.
+            run: that layer's forward.
 
         Returns:
-            How many of the key columns are in use, and what query rows may see of them, as `StageView.visible`.
+            ``hidden``, with merged tokens in it if the pruner merged any.
         """
-        layout, segment = self.layout, self.segment
-        assert layout is not None and self.past is not None
-        device = query.device
-        if segment is None:
-            vision, text, valid = layout.vision.to(device), layout.text.to(device), layout.real
-            valid = None if valid is None else valid.to(device)
+        view = self._waiting
+        if "next" in self._pruner.needs:
+            view = self._ask(layer, hidden, kwargs, run)
+        if view is None:
+            return hidden  # the layer's attention went another way; `check_stages` tells
+        selection = self._select(dataclasses.replace(view, output=hidden.to(view.query.device)))
+        if selection.hidden is None:
+            return hidden
+        index = view.vision_index.to(hidden.device)[..., None].expand_as(selection.hidden)
+        return hidden.scatter(1, index, selection.hidden.to(hidden))
+
+    def _ask(self, layer: int, hidden: Tensor, kwargs: dict[str, Any], run: Callable[..., Any]) -> StageView:
+        """The view of a stage that looks at the queries and keys which the next layer would make of all tokens.
+
+        The layer runs up to its attention and no further, and its cache takes up nothing.
+        """
+        cache, segment, behind = cache_argument(kwargs), self.segment, layer + 1
+        before = history_of(cache, behind)
+        changed: dict[str, Any] = {}
+        if segment is not None or before is not None:
+            after = before if segment is None else self._history_after(segment, before)
+            assert after is not None and self.past is not None
+            entries = 0, self.past + self.length - after.dropped
+            changed = self._inputs(behind, before, after, (0, entries), True, hidden, kwargs)
+        given = {**kwargs, **changed}
+        without_cache = {name: None for name, value in given.items() if value is cache and cache is not None}
+        self._asking = True
+        try:
+            run(hidden_states=hidden, **{**given, **without_cache})
+        except _Asked as asked:
+            query, key, mask, options = asked.query, asked.key, asked.mask, asked.options
         else:
-            segment = segment.to(device)
-            vision, text, valid = segment.vision, segment.text, segment.valid
-        keeps = self._stages[layer]
-        text_index, text_mask = rectangle(text, layout.text_counts)
-        vision_index, vision_mask = rectangle(vision, self._counts)
-        used = self._entries_in_use(layer, key.shape[2])
-        past, key = used - query.shape[2], key[:, :, :used]  # a static cache has room behind
-
-        def visible(rows: Tensor) -> Tensor:
-            return visible_keys(mask, rows, past, used, options.get("sliding_window"))
-
-        view = StageView(
-            layer=layer,
-            query=query,
-            key=key,
-            visible=visible,
-            scaling=options.get("scaling") or query.shape[3] ** -0.5,
-            softcap=options.get("softcap"),
-            text_index=text_index,
-            text_mask=text_mask,
-            vision_index=vision_index,
-            vision_mask=vision_mask,
-            total=self._ranks.total(query.shape[1], self._family.heads),
-            all_heads=self._family.heads,
-        )
-        score = self._pruner.score(view)
-        candidates = torch.ones_like(vision_index, dtype=torch.bool) if vision_mask is None else vision_mask
-        k = keeps[0] if min(keeps) == max(keeps) else torch.tensor(keeps).to(device, non_blocking=True)[:, None]
-        kept_vision = torch.zeros_like(vision).scatter(1, vision_index, top_k_mask(score, candidates, k))
-
-        survivors = kept_vision | ~vision if valid is None else kept_vision | (valid & ~vision)
-        totals = [
-            real - entered + keep
-            for real, entered, keep in zip(layout.real_counts, layout.vision_counts, keeps, strict=True)
-        ]
-        relative = positions_of(survivors, max(totals))
-        self.upcoming = Segment(
-            layer=layer,
-            index=relative if segment is None else segment.index.gather(1, relative),
-            relative=relative,
-            valid=None if min(totals) == max(totals) else survivors.gather(1, relative),
-            vision=kept_vision.gather(1, relative),
-            text=text.gather(1, relative),
-        )
-        entered = vision_index if segment is None else segment.index.gather(1, vision_index)
-        self.records.append(
-            StageRecord(
-                layer=layer,
-                entered=self.past + entered,
-                entered_mask=candidates,
-                scores=score,
-                kept=self.past + self.upcoming.index,
-                kept_mask=self.upcoming.vision,
-                tokens=relative.shape[1],
+            raise UnsupportedError(
+                f"layer {behind} was to tell its queries and keys, but its attention did not pass through "
+                "transformers' attention interface; please report this model"
             )
-        )
-        self._counts = keeps
-        return used, visible
-
-    def _entries_in_use(self, layer: int, columns: int) -> int:
-        """How many of a layer's key columns hold something; the last of them are those of this call."""
-        assert self.past is not None
-        history = history_of(self.cache, layer)
-        dropped = 0 if history is None else history.dropped
-        return min(columns, self.past + self.length - dropped)
+        finally:
+            self._asking = False
+        if cache is not None and self.past:
+            key = torch.cat([cache.layers[behind].keys.to(key), key], dim=2)
+        assert self._entered is not None
+        self._entered = self._entered[0], given.get("position_embeddings")
+        return self._view(layer, query, key, mask, options)
 
     # -- at the input of every layer --------------------------------------------------------------------------------
 
-    def enter(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    def enter(
+        self, layer: int, hidden: Tensor, kwargs: dict[str, Any], run: Callable[..., Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
         """What a layer is given instead of the model's own inputs.
 
         Args:
             layer: its number.
             hidden: [B, n, d], the output of the layer before.
             kwargs: the layer's keyword arguments.
+            run: the layer's forward, for a stage that asks it for its queries and keys.
 
         Returns:
             Hidden states, and the keyword arguments that change.
         """
+        if layer == 0 and self._stages and "embeddings" in self._pruner.needs:
+            self._embeddings = hidden
+        if layer == 0 and BEFORE in self._stages:
+            hidden = self._choose_before(hidden)
+        if layer - 1 in self._behind:
+            hidden = self._choose_behind(layer - 1, hidden, kwargs, run)
+        hidden, changed = self._given(layer, hidden, kwargs)
+        if layer in self._stages:
+            self._entered = hidden, {**kwargs, **changed}.get("position_embeddings")
+        return hidden, changed
+
+    def _given(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """`enter`, once it is settled which tokens the layer is given."""
         upcoming = self.upcoming
         if upcoming is not None and upcoming.layer + 1 == layer:
             entered = self.length if self.segment is None else self.segment.index.shape[1]

@@ -6,13 +6,17 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
-from adaptinfer.engine.cache import cache_argument, check_cache
+from adaptinfer.engine.cache import PrunedLayer, cache_argument, check_cache
 from adaptinfer.engine.families import check_backend
 from adaptinfer.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from adaptinfer.engine.families import Family
+    from adaptinfer.pruners.base import Pruner
 
 __all__ = [
     "arguments_of",
@@ -22,7 +26,9 @@ __all__ = [
     "check_ids",
     "check_labels",
     "check_mask",
+    "check_needs",
     "check_padding",
+    "check_past",
     "prompt_length",
     "refuse_continuous_batching",
 ]
@@ -121,6 +127,33 @@ def check_flash(sources: dict[int, int], stages: Iterable[int]) -> None:
                 f"would be given fewer tokens; prune in layers before {min(sources.values())} only, or load the "
                 "model with attn_implementation='sdpa'"
             )
+
+
+def check_needs(family: Family, pruner: Pruner) -> None:
+    """Refuse a method that looks at rotary embedding for a model that does not show how it is put on.
+
+    Raises:
+        UnsupportedError: naming both.
+    """
+    if "rotary" in pruner.needs and len(family.rotate) < len(family.scoring):
+        raise UnsupportedError(
+            f"{pruner.name} takes rotary embedding off again, and {family.model_type} does not show how it is put on; "
+            "use another method, or a newer transformers"
+        )
+
+
+def check_past(pruner: Pruner, cache: Any, past: int) -> None:
+    """Refuse a new image on a cache that a method would have to read, unless it lies there in the open.
+
+    Raises:
+        UnsupportedError: naming the method.
+    """
+    plain = all(type(layer) in (DynamicLayer, PrunedLayer) for layer in cache.layers)
+    if past and not plain and "next" in pruner.needs:
+        raise UnsupportedError(
+            f"{pruner.name} reads the cached keys of the layer behind a stage, so a new image in a later turn needs a "
+            f"plain DynamicCache; begin with an empty cache, {_ESCAPE}"
+        )
 
 
 def check_padding(on_the_right: bool) -> None:

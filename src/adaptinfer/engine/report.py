@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from adaptinfer.schedule import BEFORE
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -38,6 +40,11 @@ class StageRecord:
     kept: Tensor
     kept_mask: Tensor
     tokens: int
+
+    @property
+    def place(self) -> str:
+        """Where it sits, in words."""
+        return "before layer 0" if self.layer == BEFORE else f"after layer {self.layer}"
 
 
 @dataclass(frozen=True)

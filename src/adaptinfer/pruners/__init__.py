@@ -4,8 +4,91 @@ from __future__ import annotations
 
 from adaptinfer.pruners.adaptinfer import AdaptInfer
 from adaptinfer.pruners.base import Pruner, PrunerError
+from adaptinfer.pruners.before_controls import RandomBefore, StrideBefore
+from adaptinfer.pruners.cdpruner import CDPruner
+from adaptinfer.pruners.composed import Composed
+from adaptinfer.pruners.dart import DART
+from adaptinfer.pruners.divprune import DivPrune
+from adaptinfer.pruners.fastervlm import FasterVLM
+from adaptinfer.pruners.fastv import FastV
+from adaptinfer.pruners.feather import FEATHER
+from adaptinfer.pruners.fitprune import FitPrune
+from adaptinfer.pruners.hired import HiRED
+from adaptinfer.pruners.pool import Pool
+from adaptinfer.pruners.prumerge import PruMerge, PruMergePlus
+from adaptinfer.pruners.pyramiddrop import PyramidDrop
 from adaptinfer.pruners.random import Random
+from adaptinfer.pruners.sparsevlm import SparseVLM, SparseVLMPlus
+from adaptinfer.pruners.starpro import Coverage, STARPro
+from adaptinfer.pruners.stride import Stride
+from adaptinfer.pruners.v2drop import V2Drop
+from adaptinfer.pruners.visionzip import VisionZip
+from adaptinfer.pruners.vispruner import VisPruner
+from adaptinfer.pruners.vscan import Scans, VScan
 
-__all__ = ["METHODS", "AdaptInfer", "Pruner", "PrunerError", "Random"]
+__all__ = [
+    "DART",
+    "FEATHER",
+    "METHODS",
+    "AdaptInfer",
+    "CDPruner",
+    "Composed",
+    "Coverage",
+    "DivPrune",
+    "FastV",
+    "FasterVLM",
+    "FitPrune",
+    "HiRED",
+    "Pool",
+    "PruMerge",
+    "PruMergePlus",
+    "Pruner",
+    "PrunerError",
+    "PyramidDrop",
+    "Random",
+    "RandomBefore",
+    "STARPro",
+    "Scans",
+    "SparseVLM",
+    "SparseVLMPlus",
+    "Stride",
+    "StrideBefore",
+    "V2Drop",
+    "VScan",
+    "VisPruner",
+    "VisionZip",
+]
 
-METHODS: dict[str, type[Pruner]] = {method.name: method for method in (AdaptInfer, Random)}
+_INSIDE = (
+    AdaptInfer,
+    Random,
+    Stride,
+    FastV,
+    PyramidDrop,
+    SparseVLM,
+    SparseVLMPlus,
+    DART,
+    FEATHER,
+    V2Drop,
+    FitPrune,
+)
+
+_BEFORE = (
+    DivPrune,
+    CDPruner,
+    Coverage,
+    FasterVLM,
+    VisPruner,
+    VisionZip,
+    PruMerge,
+    PruMergePlus,
+    HiRED,
+    Scans,
+    Pool,
+    RandomBefore,
+    StrideBefore,
+)
+
+_BOTH = (VScan, STARPro)
+
+METHODS: dict[str, type[Pruner]] = {method.name: method for method in (*_INSIDE, *_BEFORE, *_BOTH)}

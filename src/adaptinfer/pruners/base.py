@@ -1,26 +1,35 @@
-"""What every method is: a frozen dataclass that plans stages and scores vision tokens. No model is known here."""
+"""What every method is: a frozen dataclass that plans stages and chooses vision tokens. No model is known here."""
 
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+import torch
+
 from adaptinfer.errors import AdaptInferError
-from adaptinfer.schedule import Schedule, solve
+from adaptinfer.functional import per_sample, top_k_mask
+from adaptinfer.schedule import Schedule, Stage, solve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from torch import Tensor
+    from typing_extensions import Self
 
     from adaptinfer.engine.attach import Handle
     from adaptinfer.engine.stage import StageView
 
-__all__ = ["Positions", "Pruner", "PrunerError"]
+__all__ = ["Need", "Positions", "Pruner", "PrunerError", "Selection", "published_schedules"]
 
 Positions = Literal["keep", "compact"]
+Need = Literal["embeddings", "output", "next", "rotary"]
+
+
+_USUAL_TOKENS = 576  # LLaVA-1.5's, which published shares are about
 
 
 class PrunerError(AdaptInferError, ValueError):
@@ -28,8 +37,26 @@ class PrunerError(AdaptInferError, ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pruner(ABC):
+class Selection:
+    """Which vision tokens go on from a stage.
+
+    Attributes:
+        kept: bool [B, V], aligned with ``view.vision_index``; exactly as many True per sample as the stage keeps.
+        score: float [B, V], what the report shows of each token.
+        hidden: [B, V, d] hidden states with which the kept tokens go on, where some were merged; None if none was.
+            Only methods that need "output" or "next" can change them, for only these act behind the layer.
+    """
+
+    kept: Tensor
+    score: Tensor
+    hidden: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruner:
     """A pruning method: how many vision tokens stay after which layer, and which.
+
+    A method defines `score`, or `select` where it chooses a set that is no ranking.
 
     Give exactly one of ``budget`` and ``schedule``.
 
@@ -44,6 +71,9 @@ class Pruner(ABC):
 
     name: ClassVar[str]
     reference: ClassVar[str]
+    published: ClassVar[Mapping[str, Schedule]] = MappingProxyType({})
+    """Schedules as published, by ``model/label``."""
+    published_positions: ClassVar[Positions] = "keep"
 
     budget: float | None = None
     schedule: Schedule | None = None
@@ -60,13 +90,39 @@ class Pruner(ABC):
         if budget is not None and (isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0):
             raise PrunerError(f"budget: must be a positive number of tokens (or a share below 1), not {budget!r}")
 
-    @abstractmethod
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the method reads besides queries, keys and hidden states of its own layer.
+
+        "embeddings" (`StageView.prompt`), "rotary" (`StageView.without_rotary`, `StageView.of_ones`), "output" (the
+        hidden states that leave the layer) and "next" (queries and keys of the layer behind, in place of its own). With
+        the latter two a stage acts behind its layer, which then computes the outputs of all tokens: no early drop.
+        """
+        return frozenset()
+
+    @property
+    def acts_behind(self) -> bool:
+        """Whether the choice is made behind the stage's layer, when its outputs are there."""
+        return bool(self.needs & {"output", "next"})
+
     def score(self, view: StageView) -> Tensor:
         """Score the vision tokens that entered a stage; the largest stay.
 
         Returns:
             [B, V], aligned with ``view.vision_index``; entries outside ``view.vision_mask`` are ignored.
         """
+        raise NotImplementedError(f"{type(self).__name__} defines neither score nor select")
+
+    def select(self, view: StageView, keeps: tuple[int, ...]) -> Selection:
+        """Choose the vision tokens that go on: by default those with the largest scores, of equal ones the earlier.
+
+        Args:
+            view: of the stage.
+            keeps: how many each sample keeps.
+        """
+        score = self.score(view)
+        candidates = torch.ones_like(score, dtype=torch.bool) if view.vision_mask is None else view.vision_mask
+        return Selection(top_k_mask(score, candidates, per_sample(keeps, score.device)), score)
 
     def plan(self, num_layers: int, vision_tokens: int, scoring: Sequence[int] | None = None) -> Schedule:
         """The schedule for a prompt with that many vision tokens; a function of these counts alone.
@@ -83,7 +139,35 @@ class Pruner(ABC):
             self.schedule.check(num_layers)
             return self.schedule
         assert self.budget is not None
-        return solve(self.budget, num_layers, vision_tokens, possible=scoring)
+        return solve(self.budget, num_layers, vision_tokens, possible=scoring, like=self._nearest(vision_tokens))
+
+    def _nearest(self, vision_tokens: int) -> Schedule | None:
+        """The published schedule whose true average is nearest to the budget; None if there is none."""
+        assert self.budget is not None
+        share = self.budget if self.budget < 1 else self.budget / vision_tokens
+
+        def distance(schedule: Schedule) -> float:
+            tokens = schedule.vision_tokens or _USUAL_TOKENS
+            return abs(schedule.true_average(tokens) / tokens - share)
+
+        return min(self.published.values(), key=distance, default=None)
+
+    @classmethod
+    def paper(cls, nominal: int | str, model: str = "llava-1.5-7b") -> Self:
+        """The published configuration: schedule by its own label, and positions as the authors' code has them.
+
+        Args:
+            nominal: the label; the true average may be larger.
+            model: whose published schedule.
+
+        Raises:
+            PrunerError: nothing of that name was published.
+        """
+        name = f"{model}/{nominal}"
+        if name not in cls.published:
+            there = ", ".join(cls.published) or "none"
+            raise PrunerError(f"nominal: {cls.name} has no published schedule {name!r}; there are: {there}")
+        return cls(schedule=cls.published[name], positions=cls.published_positions)
 
     def __call__(self, model: Any) -> Handle:
         """Attach to a model for the length of a ``with`` block: ``with pruner(model) as handle: ...``."""
@@ -96,3 +180,16 @@ class Pruner(ABC):
         from adaptinfer.pruners.config import save
 
         save(self, path)
+
+
+def published_schedules(
+    stages: Mapping[int | str, Mapping[int, int | float]], model: str = "llava-1.5-7b", num_layers: int = 32
+) -> Mapping[str, Schedule]:
+    """Published schedules of one model with 576 vision tokens, from label -> layer -> keep."""
+    schedules = {}
+    for label, keeps in stages.items():
+        name = f"{model}/{label}"
+        nominal = float(label) if isinstance(label, int) else None
+        placed = tuple(Stage(layer, keep) for layer, keep in keeps.items())
+        schedules[name] = Schedule(placed, num_layers, _USUAL_TOKENS, nominal, name)
+    return MappingProxyType(schedules)

@@ -21,10 +21,7 @@ def save(pruner: Pruner, path: str | Path) -> None:
     """Write a pruner into the folder ``path`` (made if missing)."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {field.name: getattr(pruner, field.name) for field in dataclasses.fields(pruner)}
-    if pruner.schedule is not None:
-        settings["schedule"] = json.loads(pruner.schedule.to_json())
-    content = {"format": _FORMAT, "version": _VERSION, "method": pruner.name, **settings}
+    content = {"format": _FORMAT, "version": _VERSION, **_plain(pruner)}
     write_whole(folder / CONFIG_NAME, (json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -38,8 +35,6 @@ def from_pretrained(path: str | Path) -> Pruner:
         PrunerError: no such file, not such a file, an unknown method or setting, or a newer version.
         ScheduleError: its schedule is malformed.
     """
-    from adaptinfer.pruners import METHODS
-
     file = Path(path)
     file = file / CONFIG_NAME if file.is_dir() else file
     try:
@@ -53,13 +48,37 @@ def from_pretrained(path: str | Path) -> Pruner:
     version = content.pop("version", None)
     if version != _VERSION:
         raise PrunerError(f"{file}: version: {version!r} is not readable here ({_VERSION} is); upgrade adaptinfer")
-    name = content.pop("method", None)
-    if name not in METHODS:
-        raise PrunerError(f"{file}: method: unknown {name!r}; known are {', '.join(METHODS)}")
-    method = METHODS[name]
-    unknown = set(content) - {field.name for field in dataclasses.fields(method)}
+    return _read(content, str(file))
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON takes it; the parts of a composition are written as pruners of their own."""
+    if isinstance(value, Pruner):
+        settings = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+        return {"method": value.name, **settings}
+    return json.loads(value.to_json()) if isinstance(value, Schedule) else value
+
+
+def _read(content: dict[str, Any], where: str) -> Pruner:
+    """A pruner from its name and settings; ``where`` they stand, for messages."""
+    from adaptinfer.pruners import METHODS
+    from adaptinfer.pruners.composed import Composed
+
+    known: dict[str, type[Pruner]] = {**METHODS, Composed.name: Composed}
+    settings = dict(content)
+    name = settings.pop("method", None)
+    if name not in known:
+        raise PrunerError(f"{where}: method: unknown {name!r}; known are {', '.join(known)}")
+    method = known[name]
+    unknown = set(settings) - {field.name for field in dataclasses.fields(method) if field.init}
     if unknown:
-        raise PrunerError(f"{file}: {sorted(unknown)[0]}: no setting of {name}")
-    if content.get("schedule") is not None:
-        content["schedule"] = Schedule.from_json(json.dumps(content["schedule"]))
-    return method(**content)
+        raise PrunerError(f"{where}: {sorted(unknown)[0]}: no setting of {name}")
+    if settings.get("schedule") is not None:
+        settings["schedule"] = Schedule.from_json(json.dumps(settings["schedule"]))
+    for part in ("before", "inside"):
+        if isinstance(settings.get(part), dict):
+            settings[part] = _read(settings[part], f"{where}: {part}")
+    try:
+        return method(**settings)
+    except TypeError as error:  # a part of a composition is missing
+        raise PrunerError(f"{where}: {error}") from None

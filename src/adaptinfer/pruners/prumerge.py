@@ -1,0 +1,121 @@
+"""PruMerge and PruMerge+: outliers of class-token attention, with what resembles them merged in (arXiv 2403.15388)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from adaptinfer.functional import gather_tokens, marked_first
+from adaptinfer.pruners.base import Selection, published_schedules
+from adaptinfer.pruners.before import Read, Selector, check_setting, top, unit, with_merged
+from adaptinfer.schedule import BEFORE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptinfer.engine.selection import FeatureView
+
+__all__ = ["PruMerge", "PruMergePlus", "outliers_and_uniform"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PruMerge(Selector):
+    """Tokens that the class token attends to most, each with those of similar keys added to it.
+
+    Similar is the cosine over all heads; what is added is weighed by the class token's attention.
+
+    As published the number of tokens is that of the outliers of each picture, about 32 of 576; here it is the budget's,
+    so that shapes are known beforehand. Merging happens in front of the projector where a model projects token by token
+    (LLaVA), else behind it.
+
+    Attributes:
+        neighbours: tokens that are added to each.
+        layer: block of the vision tower; the authors take the last.
+    """
+
+    name: ClassVar[str] = "prumerge"
+    reference: ClassVar[str] = "arXiv 2403.15388"
+    published = published_schedules({32: {BEFORE: 32}})
+
+    neighbours: int = 32
+    layer: int = -1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_setting("neighbours", self.neighbours, 0, 2**20, whole=True)
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        return Read("attention", self.layer), Read("keys", self.layer), Read("projector")
+
+    def select_before(self, view: FeatureView) -> Selection:
+        attention = view.attention(self.layer).mean(dim=1)
+        kept = self._choose(attention, view.keep)
+        if not self.neighbours:
+            return Selection(kept, attention)
+        centres = marked_first(kept, view.keep)
+        keys = unit(view.keys(self.layer).flatten(2))
+        likeness = gather_tokens(keys, centres, dim=1) @ keys.transpose(1, 2)
+        likeness = likeness.scatter(2, centres[..., None], float("-inf"))  # no token is its own neighbour
+        count = min(self.neighbours, view.count - 1)
+        near = likeness.sort(dim=2, descending=True, stable=True).indices[:, :, :count]
+        weight = torch.zeros_like(likeness).scatter(2, near, 1.0) * attention[:, None, :]
+        tokens, project = view.unprojected()
+        merged = gather_tokens(tokens, centres, dim=1) + weight @ tokens
+        changed = (gather_tokens(tokens, centres, dim=1) != 0).any(dim=2)  # line ends are no tokens of the tower
+        return Selection(kept, attention, with_merged(view, centres, changed, merged, project))
+
+    def _choose(self, attention: Tensor, keep: int) -> Tensor:
+        return top(attention, keep)
+
+
+@dataclasses.dataclass(frozen=True)
+class PruMergePlus(PruMerge):
+    """PruMerge of the outliers of the class token's attention and a uniform sample of the others.
+
+    Outliers lie above the third quartile by 1.5 times the distance of the quartiles; evenly spaced tokens fill up the
+    budget.
+
+    Attributes:
+        neighbours: tokens that are added to each.
+        layer: block of the vision tower.
+    """
+
+    name: ClassVar[str] = "prumerge+"
+    published = published_schedules({144: {BEFORE: 144}})
+
+    def _choose(self, attention: Tensor, keep: int) -> Tensor:
+        return outliers_and_uniform(attention, keep)
+
+
+def outliers_and_uniform(score: Tensor, keep: int) -> Tensor:
+    """Mark the outliers among scores, the largest if there are too many, and evenly spaced others up to ``keep``.
+
+    With R tokens that are no outliers and m places left, the r-th of them (from 0) is taken where (r + 1) m / R passes
+    a whole number. Quartiles are interpolated between neighbours.
+
+    Args:
+        score: float [B, V].
+        keep: at most V.
+
+    Returns:
+        bool [B, V], ``keep`` in each row.
+    """
+    ascending = score.sort(dim=1).values
+    low, high = _quantile(ascending, 0.25), _quantile(ascending, 0.75)
+    outlier = score > high + 1.5 * (high - low)
+    chosen = outlier & top(score.masked_fill(~outlier, float("-inf")), keep)
+    others = ~outlier
+    place = others.cumsum(dim=1) - 1
+    count, left = others.sum(dim=1, keepdim=True).clamp(min=1), keep - chosen.sum(dim=1, keepdim=True)
+    return chosen | (others & ((place + 1) * left // count > place * left // count))
+
+
+def _quantile(ascending: Tensor, share: float) -> Tensor:
+    """[B, 1]; torch.quantile would look at the device from the host."""
+    place = share * (ascending.shape[1] - 1)
+    below, above = math.floor(place), math.ceil(place)
+    return torch.lerp(ascending[:, below : below + 1], ascending[:, above : above + 1], place - below)
