@@ -1,0 +1,117 @@
+"""Checkpoint folders of tiny random models with the tokenizer and the processor that a server needs.
+
+Head dimension 32 is the least that vLLM's CPU attention takes. Weights are four times as large as transformers makes
+them, or attention is flat and all answers are alike.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig
+
+from adaptinfer import embedded
+
+LAYERS = 6
+_TEXT = {
+    "vocab_size": 80,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+}
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 4,
+    "projection_dim": 32,
+}
+_IMAGES = {
+    "do_resize": True,
+    "do_center_crop": False,
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.25, 0.25, 0.25],
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "crop_size": {"height": 28, "width": 28},
+}
+
+
+def llava(folder: Path) -> Path:
+    """LLaVA-1.5: 49 vision tokens a picture."""
+    config = transformers.LlavaConfig(
+        vision_config=CLIPVisionConfig(**_VISION),
+        text_config=LlamaConfig(**_TEXT),
+        image_token_index=4,
+        image_seq_length=49,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+    )
+    size = {"height": 28, "width": 28}
+    images = {**_IMAGES, "image_processor_type": "CLIPImageProcessor", "size": size}
+    return _save(transformers.LlavaForConditionalGeneration, config, folder, _processor("Llava", images))
+
+
+def llava_next(folder: Path) -> Path:
+    """LLaVA-NeXT: crops by the picture's shape, so that pictures differ in vision tokens."""
+    grid = [[28, 56], [56, 28], [56, 56], [28, 84], [84, 28]]
+    config = transformers.LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**_VISION),
+        text_config=LlamaConfig(**_TEXT),
+        image_token_index=4,
+        image_grid_pinpoints=grid,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+    )
+    images = {
+        **_IMAGES,
+        "image_processor_type": "LlavaNextImageProcessor",
+        "size": {"shortest_edge": 28},
+        "image_grid_pinpoints": grid,
+        "do_pad": True,
+    }
+    return _save(transformers.LlavaNextForConditionalGeneration, config, folder, _processor("LlavaNext", images))
+
+
+def _processor(name: str, images: dict) -> dict:
+    return {
+        "image_processor": images,
+        "image_token": "<image>",
+        "num_additional_image_tokens": 1,
+        "patch_size": 4,
+        "processor_class": f"{name}Processor",
+        "vision_feature_select_strategy": "default",
+    }
+
+
+def _save(cls, config, folder: Path, processor: dict) -> Path:
+    torch.manual_seed(0)
+    model = cls._from_config(config)
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            parameter.data.mul_(4.0)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(embedded.path() / name, folder / name)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer |= {"processor_class": processor["processor_class"], "model_max_length": 4096}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    AutoTokenizer.from_pretrained(folder)
+    return folder

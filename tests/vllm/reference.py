@@ -1,0 +1,37 @@
+"""Greedy tokens by our engine on transformers, one request after the other. Imported by a process without vLLM."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import adaptinfer
+
+
+@functools.cache
+def _loaded(model: str) -> tuple[Any, Any]:
+    torch.set_num_threads(1)
+    return (
+        AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval(),
+        AutoProcessor.from_pretrained(model),
+    )
+
+
+def reference_tokens(model: str, pruner: adaptinfer.Pruner | None, requests: list[tuple]) -> list[list[int]]:
+    """Answers to (text, pictures, new tokens); None runs the model as it is."""
+    loaded, processor = _loaded(model)
+    if hasattr(loaded.base_model, "rope_deltas"):
+        loaded.base_model.rope_deltas = None
+    answers = []
+    with adaptinfer.attach(loaded, pruner) if pruner is not None else contextlib.nullcontext():
+        for text, images, new in requests:
+            given = processor(text=text, images=images or None, return_tensors="pt")
+            out = loaded.generate(
+                **given, max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+            answers.append(out[0, given["input_ids"].shape[1] :].tolist())
+    return answers
