@@ -35,3 +35,14 @@ def reference_tokens(model: str, pruner: adaptinfer.Pruner | None, requests: lis
             )
             answers.append(out[0, given["input_ids"].shape[1] :].tolist())
     return answers
+
+
+def chat_answers(model: str, pruner: adaptinfer.Pruner, questions: list[tuple], new: int) -> list[str]:
+    """Answers in words to (text, pictures), each put as a user's message of that many new tokens."""
+    _, processor = _loaded(model)
+    requests = []
+    for text, images in questions:
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        requests.append((prompt, images, new))
+    return [processor.decode(tokens, skip_special_tokens=True) for tokens in reference_tokens(model, pruner, requests)]

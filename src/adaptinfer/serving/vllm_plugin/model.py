@@ -24,7 +24,7 @@ from vllm.model_executor.models.transformers.base import VLLM_ATTN_ATTR
 from adaptinfer.engine.parallel import sum_over_ranks
 from adaptinfer.errors import UnsupportedError
 from adaptinfer.serving.vllm_plugin.plan import plan_step
-from adaptinfer.serving.vllm_plugin.setup import planner_of
+from adaptinfer.serving.vllm_plugin.setup import planner_of, pruner_of
 from adaptinfer.serving.vllm_plugin.step import Heads, ScoringClock, Step
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class _Prunes:
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # pyright: ignore[reportCallIssue]
-        self.pruning = Pruning(self, vllm_config)
+        self.pruning = Pruning(self, vllm_config) if pruner_of(vllm_config) is not None else None
 
 
 class PrunedModel(_Prunes, TransformersMultiModalForCausalLM):

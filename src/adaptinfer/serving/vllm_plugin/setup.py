@@ -22,6 +22,7 @@ __all__ = ["CONFIG", "SCORING", "planner_of", "pruner_of", "vision_spans", "watc
 
 CONFIG = "ADAPTINFER_CONFIG"
 SCORING = "adaptinfer_scoring_seconds"  # attribute of a model runner's output, on its way to the scheduler
+_PROCESSES = "ADAPTINFER_VLLM"  # set for the engine's and workers' processes, whose configuration comes ready made
 _KEY = "adaptinfer"  # in --additional-config
 _MODELS = {
     "TransformersMultiModalForCausalLM": "PrunedModel",
@@ -42,19 +43,21 @@ def watch_configuration() -> None:
         def create_engine_config(args: Any, *more: Any, **named: Any) -> Any:
             pruner = _asked(args)
             if pruner is None:
+                os.environ.pop(_PROCESSES, None)
                 return create(args, *more, **named)
             _check_arguments(args)
+            wanted = args.max_num_batched_tokens  # before vLLM fills in a default
             _set_arguments(args, pruner)
             _take_part()
             config = create(args, *more, **named)
             _check_configuration(config)
-            _set_configuration(config)
+            _set_configuration(config, wanted)
             return config
 
         setattr(create_engine_config, _KEY, True)
         EngineArgs.create_engine_config = create_engine_config
-    if os.environ.get(CONFIG):
-        _take_part()  # in the engine's and the workers' processes, which are given a configuration ready made
+    if os.environ.get(_PROCESSES):
+        _take_part()
 
 
 def pruner_of(vllm_config: Any) -> Pruner | None:
@@ -66,9 +69,13 @@ def pruner_of(vllm_config: Any) -> Pruner | None:
 
 def planner_of(vllm_config: Any) -> Planner:
     """The planner of an engine that prunes."""
-    pruner = pruner_of(vllm_config)
-    assert pruner is not None, "made for engines that prune"
-    return Planner(pruner, vllm_config.model_config.hf_text_config.num_hidden_layers)
+    document = json.dumps(vllm_config.additional_config[_KEY])
+    return _planner(document, vllm_config.model_config.hf_text_config.num_hidden_layers)
+
+
+@functools.cache
+def _planner(document: str, num_layers: int) -> Planner:
+    return Planner(pruner_from(document, f"additional_config: {_KEY}"), num_layers)
 
 
 def vision_spans(features: Iterable[Any]) -> list[tuple[int, int]]:
@@ -137,10 +144,9 @@ def _check_arguments(args: Any) -> None:
 
 
 def _set_arguments(args: Any, pruner: Pruner) -> None:
-    document = to_json(pruner)
-    os.environ[CONFIG] = document  # for the processes to come; they inherit it
+    os.environ[_PROCESSES] = "1"
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    args.additional_config = {**(args.additional_config or {}), _KEY: json.loads(document)}
+    args.additional_config = {**(args.additional_config or {}), _KEY: json.loads(to_json(pruner))}
     args.model_impl = "transformers"
     if not args.enforce_eager:
         _log.info("AdaptInfer: eager execution, for a CUDA graph gives all layers the same tokens")
@@ -150,6 +156,7 @@ def _set_arguments(args: Any, pruner: Pruner) -> None:
 def _take_part() -> None:
     """Put the pruned model classes in the place of vLLM's, and let each model runner tell its model of batches."""
     from vllm import ModelRegistry
+    from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -161,6 +168,8 @@ def _take_part() -> None:
     for runner in (GPUModelRunner, CPUModelRunner):
         if not hasattr(runner.load_model, _KEY):
             runner.load_model = _binding(runner.load_model)
+    if not hasattr(InputProcessor.process_inputs, _KEY):
+        InputProcessor.process_inputs = _checking(InputProcessor.process_inputs)
 
 
 def _expected(record: logging.LogRecord) -> bool:
@@ -180,6 +189,28 @@ def _binding(load: Any) -> Any:
 
     setattr(load_model, _KEY, True)
     return load_model
+
+
+def _checking(process: Any) -> Any:
+    """Refuse single requests before they reach the engine; the server answers such an error with status 400."""
+
+    @functools.wraps(process)
+    def process_inputs(processor: Any, *args: Any, **kwargs: Any) -> Any:
+        request = process(processor, *args, **kwargs)
+        if request.mm_features and pruner_of(processor.vllm_config) is not None:
+            length = len(request.prompt_token_ids or ())
+            prompt = planner_of(processor.vllm_config).prompt(length, vision_spans(request.mm_features))
+            if prompt.prunes and getattr(request.sampling_params, "prompt_logprobs", None) is not None:
+                raise UnsupportedError(
+                    "prompt_logprobs: vision tokens of this prompt are dropped inside the model, so that their "
+                    "successors have no log-probabilities; leave it out"
+                )
+            if prompt.prunes and request.resumable:
+                raise UnsupportedError("a streaming-input session cannot hold pictures while vision tokens are pruned")
+        return request
+
+    setattr(process_inputs, _KEY, True)
+    return process_inputs
 
 
 def _check_configuration(config: Any) -> None:
@@ -207,18 +238,21 @@ def _check_configuration(config: Any) -> None:
     planner_of(config)  # raises if the schedule is for another depth
 
 
-def _set_configuration(config: Any) -> None:
+def _set_configuration(config: Any, wanted: int | None) -> None:
+    """Scheduler and step size. ``wanted`` is what a user said a step takes."""
     scheduler = config.scheduler_config
     kind = "PruningAsyncScheduler" if scheduler.async_scheduling else "PruningScheduler"
     scheduler.scheduler_cls = f"{_PACKAGE}.scheduler.{kind}"
     # A step must take the longest prompt beside one token of each running request, or a prompt could wait for ever.
     needed = config.model_config.max_model_len + scheduler.max_num_seqs
-    if scheduler.max_num_batched_tokens < needed:
-        _log.info(
-            "AdaptInfer: a step takes up to %d tokens, for prompts with vision tokens are computed in one; --max-model-len "
-            "makes it smaller",
-            needed,
+    if scheduler.max_num_batched_tokens >= needed:
+        return
+    if wanted is not None:
+        raise UnsupportedError(
+            f"AdaptInfer in vLLM: --max-num-batched-tokens: a step must take a whole prompt, so give at least {needed} "
+            f"(--max-model-len plus --max-num-seqs), or leave it out; {wanted} is too few"
         )
-        scheduler.max_num_batched_tokens = needed
-        scheduler.max_num_encoder_input_tokens = max(scheduler.max_num_encoder_input_tokens, needed)
-        scheduler.encoder_cache_size = max(scheduler.encoder_cache_size, needed)
+    _log.info("AdaptInfer: a step takes up to %d tokens, to hold a whole prompt; --max-model-len lowers it", needed)
+    scheduler.max_num_batched_tokens = needed
+    scheduler.max_num_encoder_input_tokens = max(scheduler.max_num_encoder_input_tokens, needed)
+    scheduler.encoder_cache_size = max(scheduler.encoder_cache_size, needed)
