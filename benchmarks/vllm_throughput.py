@@ -4,8 +4,8 @@
 
 Run it in vLLM's own environment (docs/serving.md) on a machine that does nothing else. One server for each variant:
 vLLM as it comes, its Transformers backend in eager mode (what pruning runs in), and that with a pruner. All have the
-same random weights and stay up; rounds go through them in turn, so that a slow minute meets all alike. Each request has a
-picture of its own, or vLLM's caches would answer in the model's place.
+same random weights and stay up; rounds go through them in turn, so that a slow minute meets all alike. Each request has
+a picture of its own, or vLLM's caches would answer in the model's place.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from adaptinfer import AdaptInfer, embedded
 from adaptinfer.benchmark.shapes import shape_named
 from adaptinfer.serving.settings import to_json
 
-WORDS = "red green blue star heart circle square what colour is the how many do you see".split()
+WORDS = ("red", "green", "blue", "star", "heart", "circle", "what", "colour", "is", "the", "how", "many")
 PLAIN = ("--model-impl", "transformers", "--enforce-eager")
 
 
@@ -102,7 +102,16 @@ class Server:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
-        command += ["--served-model-name", "bench", "--port", str(self.port), "--dtype", dtype, "--max-model-len", "1024"]
+        command += [
+            "--served-model-name",
+            "bench",
+            "--port",
+            str(self.port),
+            "--dtype",
+            dtype,
+            "--max-model-len",
+            "1024",
+        ]
         command += ["--load-format", "dummy", "--kv-cache-memory-bytes", str(2**30), "--max-num-seqs", "32", *arguments]
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env={**os.environ, **environment})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -118,6 +119,10 @@ def test_segments_cover_every_layer_and_agree_with_each_row(made):
 # Steps
 
 
+def causal(columns: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return rows[:, None, :, None] >= columns
+
+
 @given(rows(), st.integers(0, 2**31))
 def test_a_step_keeps_in_each_row_what_the_row_would_keep_alone(made, seed):
     """Slow oracle: each row by itself, its tokens as a list, scores by the pruner on a view of its own."""
@@ -144,7 +149,7 @@ def test_a_step_keeps_in_each_row_what_the_row_would_keep_alone(made, seed):
             places = [starts[number] + place for place in alive[number]]
             view = StageView(
                 layer, full[None, :, places], full[None, :2, places] * 2,
-                lambda rows, n=len(places): rows[:, None, :, None] >= torch.arange(n), 0.5, None,
+                functools.partial(causal, torch.arange(len(places))), 0.5, None,
                 torch.nonzero((own >= text) & (own < end))[:, 0][None], None, vision[None], None,
                 lambda tensor: tensor, 4,
             )  # fmt: skip

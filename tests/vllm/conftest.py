@@ -31,7 +31,7 @@ from reference import reference_tokens
 import adaptinfer
 
 MiB = 2**20
-WORDS = "red green blue star heart circle square what colour is the how many do you see a an there".split()
+WORDS = ("red", "green", "blue", "star", "heart", "circle", "square", "what", "colour", "how", "many", "you", "see")
 
 
 @dataclass
@@ -66,13 +66,21 @@ def request(seed: int, images: int = 1, sizes: tuple[tuple[int, int], ...] = ((2
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
+def processes():
+    """One process without vLLM, which changes transformers' classes where it runs."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, processes):
     """Checkpoint folders by the name of their builder."""
     made = {}
 
     def of(name: str) -> str:
         if name not in made:
-            made[name] = str(getattr(checkpoints, name)(tmp_path_factory.mktemp(name)))
+            build = getattr(checkpoints, name)
+            made[name] = str(processes.submit(build, tmp_path_factory.mktemp(name)).result())
         return made[name]
 
     return of
@@ -138,7 +146,7 @@ def parameters(requests: list[Request]) -> list[Any]:
 
 
 class Reference:
-    """Our engine on transformers, in a process of its own: vLLM changes transformers' classes in this one."""
+    """Our engine on transformers."""
 
     def __init__(self, processes: ProcessPoolExecutor, model: str) -> None:
         self.processes, self.model = processes, model
@@ -149,7 +157,6 @@ class Reference:
 
 
 @pytest.fixture(scope="session")
-def reference(folder):
+def reference(folder, processes):
     """References by the name of their checkpoint."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as processes:
-        yield lambda name: Reference(processes, folder(name))
+    return lambda name: Reference(processes, folder(name))

@@ -42,7 +42,9 @@ def server(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("VLLM_ENABLE", "VLLM_LOGGING"))}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("VLLM_ENABLE", "VLLM_LOGGING"))
+    }
     environment |= {"ADAPTINFER_CONFIG": to_json(PRUNER), "VLLM_LOG_STATS_INTERVAL": "1"}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(embedded.path())]
     command += ["--served-model-name", "scenes", "--port", str(port), "--dtype", "float32", "--max-model-len", "512"]
@@ -76,9 +78,9 @@ def ask(client: openai.OpenAI, messages: list[dict], **more) -> str:
     return answer.choices[0].message.content
 
 
-def test_many_clients_and_bad_requests(server, client, reference):
+def test_many_clients_and_bad_requests(server, client, processes):
     good = [(f"{words(2 + seed % 9, seed)}?", [picture(seed), picture(seed + 50)][: seed % 3]) for seed in range(64)]
-    wanted = reference("llava").processes.submit(chat_answers, str(embedded.path()), PRUNER, good, 8).result()
+    wanted = processes.submit(chat_answers, str(embedded.path()), PRUNER, good, 8).result()
     corrupt = "data:image/png;base64," + base64.b64encode(b"no picture").decode()
     three = [data_url(picture(seed)) for seed in range(3)]
     bad = [
@@ -97,7 +99,13 @@ def test_many_clients_and_bad_requests(server, client, reference):
 
     def dropped(text: str) -> None:
         """A client that hangs up in the middle of a stream."""
-        body = {"model": "scenes", "messages": message(text, three[1]), "max_tokens": 300, "stream": True, "ignore_eos": True}
+        body = {
+            "model": "scenes",
+            "messages": message(text, three[1]),
+            "max_tokens": 300,
+            "stream": True,
+            "ignore_eos": True,
+        }
         with httpx.stream("POST", f"{server[0]}/v1/chat/completions", json=body, timeout=60) as response:
             next(response.iter_lines())
 
@@ -127,7 +135,9 @@ def test_metrics_and_log_line(server, client):
     def metrics() -> dict[str, float]:
         lines = httpx.get(f"{server[0]}/metrics").text.splitlines()
         ours = [line.rsplit(" ", 1) for line in lines if line.startswith("adaptinfer:") and "_created" not in line]
-        return {name.replace('engine="0",', "").replace(',model_name="scenes"', ""): float(value) for name, value in ours}
+        return {
+            name.replace('engine="0",', "").replace(',model_name="scenes"', ""): float(value) for name, value in ours
+        }
 
     time.sleep(2)
     before = metrics()

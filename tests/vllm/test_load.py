@@ -119,13 +119,12 @@ def test_requests_that_arrive_while_others_decode(folder, reference):
                 engine.add_request(str(step), *late[step])
 
         finished = drive(llm, requests[:1], arrive)
-        engine_alone = {str(n) for n in range(len(requests))} - set(finished)
-        assert len(engine_alone) < len(requests) - 1  # some arrived in time
+        assert len(finished) > 30  # one arrived in each step
         assert all(tokens == wanted[int(name)] for name, tokens in finished.items())
 
 
 def test_prefixes_are_shared_before_the_picture_and_never_behind(folder, reference, monkeypatch):
-    """Same system prompt, same picture, other questions; the same with nothing behind the picture, which is kept whole."""
+    """The same system prompt and picture with other questions, and with nothing behind the picture: kept whole then."""
     system, first, second = words(40, 9), picture(1), picture(2)
     requests = []
     for seed in range(8):
@@ -141,7 +140,9 @@ def test_prefixes_are_shared_before_the_picture_and_never_behind(folder, referen
         manager = scheduler_of(llm).kv_cache_manager
         lookup = manager.get_computed_blocks
         monkeypatch.setattr(
-            manager, "get_computed_blocks", lambda r: (found := lookup(r), hits.append((r.adaptinfer_prompt, found[1])))[0]
+            manager,
+            "get_computed_blocks",
+            lambda r: (found := lookup(r), hits.append((r.adaptinfer_prompt, found[1])))[0],
         )
         for _ in range(2):
             assert [served(llm, [each])[0] for each in requests] == wanted

@@ -60,7 +60,10 @@ def test_what_is_set(configured, monkeypatch):
         ({"model_impl": "vllm"}, "--model-impl: models are pruned in vLLM's Transformers backend"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size: a later rank would not know"),
         ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size: ranks that share out a prompt"),
-        ({"speculative_config": {"method": "eagle", "model": "x", "num_speculative_tokens": 1}}, "--speculative-config: a draft model"),
+        (
+            {"speculative_config": {"method": "eagle", "model": "x", "num_speculative_tokens": 1}},
+            "--speculative-config: a draft model",
+        ),
         ({"kv_transfer_config": {"kv_connector": "x"}}, "--kv-transfer-config: pruned layers hold fewer tokens"),
         ({"enable_lora": True}, "--enable-lora: adapters are applied"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds: placeholders cannot be told"),

@@ -60,7 +60,11 @@ def test_quantised_keys_and_values(folder):
     """Scores read the keys before they are quantised; the rest is vLLM's own, so keeping all is the measure."""
     requests = mixed(20)
     answers = {}
-    for name, pruner in {"plain": None, "all": AdaptInfer(schedule=Schedule((), 6)), "some": AdaptInfer(schedule=THREE)}.items():
+    for name, pruner in {
+        "plain": None,
+        "all": AdaptInfer(schedule=Schedule((), 6)),
+        "some": AdaptInfer(schedule=THREE),
+    }.items():
         with engine(folder("llava"), pruner, kv_cache_dtype="fp8") as llm:
             answers[name] = served(llm, requests)
             assert served(llm, requests[::-1])[::-1] == answers[name]

@@ -26,7 +26,7 @@ def _serve(
         typer.Option(
             metavar="FOLDER|FILE|JSON",
             envvar="ADAPTINFER_CONFIG",
-            help="What to prune: a folder with adaptinfer_config.json, such a file, or JSON such as '{\"budget\": 64}', "
+            help="What to prune: a folder with adaptinfer_config.json, such a file, or JSON: '{\"budget\": 64}', "
             '\'{"preset": "llava-1.5-7b/64"}\', \'{"method": "random", "budget": 0.2}\'. Taken when nothing is said: a '
             "budget of 0.33.",
             show_default=False,
@@ -35,7 +35,9 @@ def _serve(
     vanilla: Annotated[bool, typer.Option("--vanilla", help="Serve the model as it is, to compare.")] = False,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
-    device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; auto is a GPU if there is one.")] = "auto",
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; auto is a GPU if there is one.")
+    ] = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")
     ] = False,

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["application", "run"]
 
-_MISSING = "adaptinfer serve needs the server that comes with transformers 5.19 and newer: pip install 'adaptinfer[serve]'"
+_MISSING = (
+    "adaptinfer serve needs the server that comes with transformers 5.19 and newer: pip install 'adaptinfer[serve]'"
+)
 _PICTURES = ("data:", "http://", "https://")
 
 

@@ -9,7 +9,8 @@
     counts.py     numbers on their way to the front end; metrics.py puts them on the Prometheus endpoint
 
 vLLM calls `register` in each of its processes (entry point ``vllm.general_plugins``). Nothing changes unless a pruner is
-asked for: ``ADAPTINFER_CONFIG=... vllm serve MODEL`` or ``--additional-config '{"adaptinfer": {"budget": 64}}'``.
+asked for: ``ADAPTINFER_CONFIG=... vllm serve MODEL`` or
+``--additional-config '{"adaptinfer": {"budget": 64}}'``.
 """
 
 from __future__ import annotations

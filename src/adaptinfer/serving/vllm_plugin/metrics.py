@@ -74,7 +74,8 @@ class StatLogger(AggregateStatLoggerBase):
             if key.startswith("kept/")
         )
         _log.info(
-            "AdaptInfer: pruned prefills: %d, vision tokens in: %d, given to a layer: %.1f, kept behind %s, scoring: %.1f ms",
+            "AdaptInfer: pruned prefills: %d, vision tokens in: %d, given to a layer: %.1f, kept behind %s, "
+            "scoring: %.1f ms",
             recent["prefills"],
             recent["tokens_in"],
             recent["token_layers"] / self._num_layers,

@@ -1,9 +1,9 @@
 # pyright: reportMissingImports=false
 """vLLM's Transformers-backend models, with layers that are given fewer tokens.
 
-One class serves every vision-language model that vLLM runs through transformers. vLLM's attention stays what it is; each
-segment of layers gets metadata of its own, in which a request has as many tokens as these layers hold of it. Their keys
-and values stand side by side at the start of the request's own blocks.
+One class serves every vision-language model that vLLM runs through transformers. vLLM's attention stays what it is;
+each segment of layers gets metadata of its own, in which a request has as many tokens as these layers hold of it. Their
+keys and values stand side by side at the start of the request's own blocks.
 """
 
 from __future__ import annotations
@@ -111,8 +111,10 @@ class Pruning:
             survivors = self._survivors(number)
             if survivors is None:
                 return None
-            full = output.new_zeros(*output.shape[:-2], self._length, output.shape[-1])
-            return full.index_copy(output.ndim - 2, survivors, output)
+            first, *rest = output if isinstance(output, tuple) else (output,)  # mixtures of experts may return more
+            full = first.new_zeros(*first.shape[:-2], self._length, first.shape[-1])
+            full = full.index_copy(first.ndim - 2, survivors, first)
+            return (full, *rest) if isinstance(output, tuple) else full
 
         part.register_forward_pre_hook(before)
         part.register_forward_hook(after)

@@ -169,9 +169,7 @@ def plan_step(rows: Sequence[Row], num_layers: int) -> list[Segment]:
         stage = {}
         if stop < num_layers:
             stage = {
-                number: row.prompt.given[stop]
-                for number, row in enumerate(rows)
-                if row.given(stop) < row.given(start)
+                number: row.prompt.given[stop] for number, row in enumerate(rows) if row.given(stop) < row.given(start)
             }
         segments.append(Segment((start, stop), tuple(row.given(start) for row in rows), missing, stage))
         start = stop

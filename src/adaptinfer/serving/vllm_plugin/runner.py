@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""vLLM's model runner, as far as pruning needs it: whose tokens a step holds, and attention metadata for fewer of them."""
+"""vLLM's model runner, as far as pruning needs it: whose tokens a step holds, attention metadata for fewer of them."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Batch:
         }
 
     def cache_positions(self, layer: int) -> Tensor:
-        """Where the tokens given to a segment that starts in this layer stand among those its cache holds, int64 [n]."""
+        """Where the tokens of the segment that starts in this layer stand among those its cache holds, int64 [n]."""
         return self._positions[layer]
 
     def _on_device(self, values: np.ndarray) -> Tensor:

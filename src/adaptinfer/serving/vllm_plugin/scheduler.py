@@ -1,6 +1,6 @@
 # pyright: reportMissingImports=false
-"""vLLM's scheduler with two rules more: a prompt with vision tokens is computed in one step, and what pruned layers hold
-of it is nobody else's prefix. It also counts vision tokens, for counts follow from prompts alone."""
+"""vLLM's scheduler with two rules more: a prompt with vision tokens is computed in one step, and what pruned layers
+hold of it is nobody else's prefix. It also counts vision tokens, for counts follow from prompts alone."""
 
 from __future__ import annotations
 
@@ -78,9 +78,7 @@ def _hide_blocks(request: Any, first: int) -> None:
 
     def hashes(own: Any) -> list[bytes]:
         known = len(own.block_hashes)
-        return [
-            _salted(digest) if number >= first else digest for number, digest in enumerate(hash_blocks(own), known)
-        ]
+        return [_salted(digest) if number >= first else digest for number, digest in enumerate(hash_blocks(own), known)]
 
     if hash_blocks is not None:
         request._block_hasher = hashes

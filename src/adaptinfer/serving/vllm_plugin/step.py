@@ -121,7 +121,7 @@ class Step:
         return self._vision[number]
 
     def _keep(self, number: int, view: StageView, score: Tensor, keep: int) -> Tensor:
-        """Places of what survives in one row, int64 [n], ascending; takes note of where its vision tokens then stand."""
+        """Places of what survives in one row, int64 [n], ascending; notes where its vision tokens then stand."""
         vision, length = view.vision_index, view.query.shape[2]
         chosen = top_k_mask(score, torch.ones_like(score, dtype=torch.bool), keep)
         alive = torch.ones(1, length, dtype=torch.bool, device=self._device).scatter(1, vision, chosen)
@@ -170,7 +170,7 @@ def _picked(value: Any, tokens: Tensor, dim: int) -> Any:
 
 
 class ScoringClock:
-    """Time spent in scoring. On a CUDA device events measure it, and are read when they have passed: never waited for."""
+    """Time spent in scoring. On a CUDA device events measure it, read when they have passed and never waited for."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
