@@ -46,7 +46,7 @@ def watch_configuration() -> None:
                 os.environ.pop(_PROCESSES, None)
                 return create(args, *more, **named)
             _check_arguments(args)
-            wanted = args.max_num_batched_tokens  # before vLLM fills in a default
+            wanted = args.max_num_scheduled_tokens or args.max_num_batched_tokens  # before vLLM fills in defaults
             _set_arguments(args, pruner)
             _take_part()
             config = create(args, *more, **named)
@@ -244,15 +244,19 @@ def _set_configuration(config: Any, wanted: int | None) -> None:
     kind = "PruningAsyncScheduler" if scheduler.async_scheduling else "PruningScheduler"
     scheduler.scheduler_cls = f"{_PACKAGE}.scheduler.{kind}"
     # A step must take the longest prompt beside one token of each running request, or a prompt could wait for ever.
-    needed = config.model_config.max_model_len + scheduler.max_num_seqs
-    if scheduler.max_num_batched_tokens >= needed:
+    drafts = config.speculative_config.num_speculative_tokens if config.speculative_config is not None else 0
+    needed = config.model_config.max_model_len + scheduler.max_num_seqs * (1 + drafts)
+    takes = min(scheduler.max_num_batched_tokens, scheduler.max_num_scheduled_tokens or needed)
+    if takes >= needed:
         return
     if wanted is not None:
         raise UnsupportedError(
             f"AdaptInfer in vLLM: --max-num-batched-tokens: a step must take a whole prompt, so give at least {needed} "
-            f"(--max-model-len plus --max-num-seqs), or leave it out; {wanted} is too few"
+            f"(--max-model-len, and the new tokens of --max-num-seqs answers), or leave it out; {wanted} is too few"
         )
     _log.info("AdaptInfer: a step takes up to %d tokens, to hold a whole prompt; --max-model-len lowers it", needed)
-    scheduler.max_num_batched_tokens = needed
+    scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, needed)
+    if scheduler.max_num_scheduled_tokens is not None:
+        scheduler.max_num_scheduled_tokens = max(scheduler.max_num_scheduled_tokens, needed)
     scheduler.max_num_encoder_input_tokens = max(scheduler.max_num_encoder_input_tokens, needed)
     scheduler.encoder_cache_size = max(scheduler.encoder_cache_size, needed)
