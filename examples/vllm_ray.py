@@ -1,11 +1,10 @@
-"""Pruned vLLM engines behind Ray Serve: one engine for each replica, each loads the plug-in by itself.
+"""Pruned vLLM engines behind Ray Serve: an engine for each replica, which loads the plug-in by itself.
 
-    python examples/vllm_ray.py [--model embedded] [--replicas 2] [--budget 0.33] [--once examples/scene.png QUESTION]
+    python examples/vllm_ray.py [--model NAME] [--replicas 2] [--budget 0.33] [--once scene.png QUESTION]
 
-Run it in vLLM's environment (docs/serving.md) with ``pip install "ray[serve]"``. With ``--once`` it asks one question over
-HTTP and leaves; otherwise it serves until interrupted:
-
-    curl -s localhost:8000 -d "{\"question\": \"What colour is the star?\", \"image\": \"$(base64 -w0 scene.png)\"}"
+Run it in vLLM's environment (docs/serving.md) with ``pip install "ray[serve]"``. With ``--once`` it asks one question
+over HTTP and leaves; otherwise it serves until interrupted. The body of a request is
+``{"question": "What colour is the star?", "image": "... a file in base64 ..."}``.
 """
 
 from __future__ import annotations

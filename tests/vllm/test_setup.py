@@ -34,9 +34,10 @@ def configured(folder, monkeypatch):
 
 
 def test_nothing_changes_unless_asked(configured):
-    config = configured("")
+    config = configured("", model_impl="transformers")  # vLLM's own classes need torchvision
     assert config.scheduler_config.scheduler_cls is None
-    assert config.model_config.model_impl == "auto"
+    assert not config.model_config.enforce_eager
+    assert not config.additional_config
     assert pruner_of(config) is None
 
 
@@ -51,7 +52,7 @@ def test_what_is_set(configured, monkeypatch):
     assert pruner_of(config) == PRUNER
     by_argument = configured("", additional_config={"adaptinfer": {"budget": 0.4}})
     assert pruner_of(by_argument) == AdaptInfer(budget=0.4)
-    assert pruner_of(configured("")) is None  # the engine before was asked, this one is not
+    assert pruner_of(configured("", model_impl="transformers")) is None  # the engine before was asked, this one is not
 
 
 @pytest.mark.parametrize(

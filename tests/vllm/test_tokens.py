@@ -30,7 +30,7 @@ def mixed(count: int, first: int = 0, **more) -> list:
 def test_mixed_requests_at_once(folder, reference, model, pruner):
     requests = mixed(80, sizes=SIZES if model == "llava_next" else SIZES[:1])
     wanted = reference(model).tokens(pruner, requests)
-    with engine(folder(model), pruner) as llm:
+    with engine(folder(model), pruner, max_model_len=1024) as llm:
         assert served(llm, requests) == wanted
     assert wanted != reference(model).tokens(None, requests)
 
@@ -71,18 +71,6 @@ def test_quantised_keys_and_values(folder):
     assert answers["all"] == answers["plain"] != answers["some"]
 
 
-def test_prompt_lookup(folder, reference):
-    """Speculative decoding by n-grams: several new tokens a step, some of them taken back."""
-    pruner = AdaptInfer(schedule=THREE)
-    requests = mixed(20)
-    for each in requests:
-        each.new_tokens = 24
-    wanted = reference("llava").tokens(pruner, requests)
-    speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
-    with engine(folder("llava"), pruner, speculative_config=speculative) as llm:
-        assert served(llm, requests) == wanted
-
-
 def test_sampling_with_a_seed_does_not_depend_on_the_batch(folder):
     requests = mixed(12)
     with engine(folder("llava"), AdaptInfer(schedule=THREE)) as llm:
@@ -95,3 +83,18 @@ def test_sampling_with_a_seed_does_not_depend_on_the_batch(folder):
             for one, setting in zip(inputs(requests), settings, strict=True)
         ]
         assert together == alone
+
+
+def test_prompt_lookup(folder, reference):
+    """Speculative decoding by n-grams: several new tokens a step, some of them taken back.
+
+    The last test of all: it brings numba into this process, beside which vLLM starts no second engine.
+    """
+    pruner = AdaptInfer(schedule=THREE)
+    requests = mixed(20)
+    for each in requests:
+        each.new_tokens = 24
+    wanted = reference("llava").tokens(pruner, requests)
+    speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    with engine(folder("llava"), pruner, speculative_config=speculative) as llm:
+        assert served(llm, requests) == wanted

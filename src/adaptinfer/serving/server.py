@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """An OpenAI-compatible server for one user or a laptop: transformers' own request handling around a pruned model.
 
 Requests are answered one after the other, as ``model.generate`` does. For many users there is the vLLM plug-in.

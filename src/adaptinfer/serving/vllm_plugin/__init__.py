@@ -8,8 +8,8 @@
     setup.py      what was asked for, what is set for it, what is refused
     counts.py     numbers on their way to the front end; metrics.py puts them on the Prometheus endpoint
 
-vLLM calls `register` in each of its processes (entry point ``vllm.general_plugins``). Nothing changes unless a pruner is
-asked for: ``ADAPTINFER_CONFIG=... vllm serve MODEL`` or
+vLLM calls `register` in each of its processes (entry point ``vllm.general_plugins``). Nothing changes unless a pruner
+is asked for: ``ADAPTINFER_CONFIG=... vllm serve MODEL`` or
 ``--additional-config '{"adaptinfer": {"budget": 64}}'``.
 """
 
