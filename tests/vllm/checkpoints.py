@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig
 
 from adaptinfer import embedded
 
@@ -89,6 +89,47 @@ def llava_next(folder: Path) -> Path:
     return _save(transformers.LlavaNextForConditionalGeneration, config, folder, _processor("LlavaNext", images))
 
 
+def qwen2_5_vl(folder: Path) -> Path:
+    """Qwen2.5-VL: multimodal rotary embedding, pictures of any size; its processor needs torchvision."""
+    marks = {"<|vision_start|>": 80, "<|vision_end|>": 81, "<|image_pad|>": 82, "<|video_pad|>": 83}
+    rotary = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={**_TEXT, "vocab_size": 96, "rope_parameters": rotary},
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 4,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "out_hidden_size": 64,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+        },
+        vision_start_token_id=80,
+        vision_end_token_id=81,
+        image_token_id=82,
+        video_token_id=83,
+    )
+    patches = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
+    size = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
+    sizes = {**_IMAGES, **patches, "size": size}
+    del sizes["crop_size"], sizes["do_center_crop"]
+    processor = {
+        "image_processor": {**sizes, "image_processor_type": "Qwen2VLImageProcessor"},
+        "video_processor": {**sizes, "video_processor_type": "Qwen2VLVideoProcessor"},
+        "processor_class": "Qwen2_5_VLProcessor",
+    }
+    _save(transformers.Qwen2_5_VLForConditionalGeneration, config, folder, processor)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    for mark, number in marks.items():
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        tokenizer["added_tokens"].append({"id": number, "content": mark, "special": True, **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
 def _processor(name: str, images: dict) -> dict:
     return {
         "image_processor": images,
@@ -113,5 +154,4 @@ def _save(cls, config, folder: Path, processor: dict) -> Path:
     tokenizer |= {"processor_class": processor["processor_class"], "model_max_length": 4096}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     (folder / "processor_config.json").write_text(json.dumps(processor))
-    AutoTokenizer.from_pretrained(folder)
     return folder

@@ -23,6 +23,9 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="ERROR",
 )
 
+import vision  # noqa: F401 - before anybody looks for torchvision
+
+# isort: split
 import checkpoints
 import pytest
 from PIL import Image

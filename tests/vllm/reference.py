@@ -6,6 +6,9 @@ import contextlib
 import functools
 from typing import Any
 
+import vision  # noqa: F401 - before anybody looks for torchvision
+
+# isort: split
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 

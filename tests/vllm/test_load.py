@@ -157,7 +157,7 @@ def test_long_text_in_chunks_beside_pictures(folder, reference):
     for each in requests[::2]:
         each.text = f"USER: {words(900, len(each.text))} ASSISTANT:"
     wanted = reference("llava").tokens(PRUNER, requests)
-    with engine(folder("llava"), PRUNER, max_model_len=1024, max_num_seqs=8) as llm:
+    with engine(folder("llava"), PRUNER, max_model_len=1024, max_num_seqs=8, max_num_batched_tokens=1040) as llm:
         chunks = []
         scheduler = scheduler_of(llm)
         after = scheduler._update_after_schedule

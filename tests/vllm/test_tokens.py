@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import vision
 from conftest import engine, inputs, parameters, picture, request, served, words
 
 from adaptinfer import AdaptInfer, Random, Schedule, Stage
@@ -33,6 +34,18 @@ def test_mixed_requests_at_once(folder, reference, model, pruner):
     with engine(folder(model), pruner, max_model_len=1024) as llm:
         assert served(llm, requests) == wanted
     assert wanted != reference(model).tokens(None, requests)
+
+
+@pytest.mark.skipif(not vision.HAS_TORCHVISION, reason="Qwen's processor needs torchvision")
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_multimodal_positions(folder, reference, images):
+    pruner = AdaptInfer(budget=0.4)
+    requests = [request(seed, images=images, sizes=((32, 32), (64, 24), (24, 64), (48, 48))) for seed in range(16)]
+    for each in requests:
+        each.text = each.text.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
+    wanted = reference("qwen2_5_vl").tokens(pruner, requests)
+    with engine(folder("qwen2_5_vl"), pruner) as llm:
+        assert served(llm, requests) == wanted
 
 
 @pytest.mark.parametrize("pruner", [None, AdaptInfer(schedule=Schedule((), 6)), AdaptInfer(budget=4096)], ids=repr)
