@@ -48,7 +48,7 @@ class Pruning:
         self.clock = ScoringClock(vllm_config.device_config.device)
         self._step: Step | None = None
         self._batch: Batch | None = None
-        self._length = 0
+        self._step_length = self._length = 0  # tokens in the step, and given to the present layer
         self._decoder = model.model.get_decoder()
         self._attentions = [
             getattr(model.get_submodule(model.attention_fusers[number][0]), VLLM_ATTN_ATTR)
@@ -86,9 +86,9 @@ class Pruning:
     def _install(self, model: Any) -> None:
         all_heads = model.text_config.num_attention_heads
         for number, (layer, attention) in enumerate(zip(self._decoder.layers, self._attentions, strict=True)):
-            scores = functools.partial(self._sum, held=attention.num_heads, heads=all_heads)
+            total = functools.partial(self._sum, held=attention.num_heads, heads=all_heads)
             softcap = getattr(attention.impl, "logits_soft_cap", None) or None
-            heads = Heads(attention.impl.scale, softcap, all_heads, scores)
+            heads = Heads(attention.impl.scale, softcap, all_heads, total)
             layer.register_forward_pre_hook(functools.partial(self._enter, number), with_kwargs=True)
             attention.forward = functools.partial(self._attend, number, heads, attention, attention.forward)
             owner = model.get_submodule(model.attention_fusers[number][0])
@@ -129,7 +129,7 @@ class Pruning:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         if number == 0:
-            self._whole = hidden.shape[1]
+            self._step_length = hidden.shape[1]
         survivors = step.go_on()
         if survivors is not None:
             hidden = hidden.index_select(1, survivors)
@@ -172,7 +172,7 @@ class Pruning:
         step = self._step
         if step is None or step.tokens is None:
             return None
-        return step.restore(output, self._whole)
+        return step.restore(output, self._step_length)
 
 
 class _Prunes:

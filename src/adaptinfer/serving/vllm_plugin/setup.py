@@ -9,7 +9,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from adaptinfer.errors import UnsupportedError
+from adaptinfer.errors import AdaptInferError, UnsupportedError
 from adaptinfer.serving.settings import pruner_from, to_json
 from adaptinfer.serving.vllm_plugin.plan import Planner
 
@@ -193,24 +193,37 @@ def _binding(load: Any) -> Any:
 
 def _checking(process: Any) -> Any:
     """Refuse single requests before they reach the engine; the server answers such an error with status 400."""
+    from vllm.exceptions import VLLMValidationError
 
     @functools.wraps(process)
     def process_inputs(processor: Any, *args: Any, **kwargs: Any) -> Any:
         request = process(processor, *args, **kwargs)
         if request.mm_features and pruner_of(processor.vllm_config) is not None:
-            length = len(request.prompt_token_ids or ())
-            prompt = planner_of(processor.vllm_config).prompt(length, vision_spans(request.mm_features))
-            if prompt.prunes and getattr(request.sampling_params, "prompt_logprobs", None) is not None:
-                raise UnsupportedError(
-                    "prompt_logprobs: vision tokens of this prompt are dropped inside the model, so that their "
-                    "successors have no log-probabilities; leave it out"
-                )
-            if prompt.prunes and request.resumable:
-                raise UnsupportedError("a streaming-input session cannot hold pictures while vision tokens are pruned")
+            try:
+                _check_request(request, planner_of(processor.vllm_config))
+            except AdaptInferError as error:
+                cache = processor.renderer.mm_processor_cache
+                for feature in request.mm_features if cache is not None else ():
+                    # The front end thinks that the engine has this picture now, and would not send it again.
+                    cache.invalidate(feature.mm_hash or feature.identifier)
+                raise VLLMValidationError(str(error)) from None
         return request
 
     setattr(process_inputs, _KEY, True)
     return process_inputs
+
+
+def _check_request(request: Any, planner: Planner) -> None:
+    prompt = planner.prompt(len(request.prompt_token_ids or ()), vision_spans(request.mm_features))
+    if not prompt.prunes:
+        return
+    if getattr(request.sampling_params, "prompt_logprobs", None) is not None:
+        raise UnsupportedError(
+            "prompt_logprobs: vision tokens of this prompt are dropped inside the model, so that what follows them has "
+            "no log-probability; leave it out"
+        )
+    if request.resumable:
+        raise UnsupportedError("a streaming-input session cannot hold pictures while vision tokens are pruned")
 
 
 def _check_configuration(config: Any) -> None:

@@ -52,19 +52,10 @@ class Step:
         self.tokens: Tensor | None = None  # None: all of them
         self.survivors: Tensor | None = None  # places, among the present layer's tokens, of those that go on
         self._rows, self._clock, self._device = rows, clock, device
-        self._segments = {segment.layers[0]: segment for segment in segments}
+        self._starts = {segment.layers[0] for segment in segments}
         self._stages = {segment.layers[1] - 1: segment for segment in segments if segment.stage}
         self._vision: dict[int, Tensor] = {}
-        self._rotated: tuple[int, dict[str, Any]] | None = None
-
-    @property
-    def prunes(self) -> bool:
-        """Whether tokens are dropped in this step; if not, the step at most reads what earlier ones left."""
-        return bool(self._stages)
-
-    def starts_segment(self, layer: int) -> bool:
-        """Whether the layer is given other tokens than the one before."""
-        return layer in self._segments
+        self._inputs: dict[str, Any] = {}
 
     def stage(self, layer: int) -> Segment | None:
         """The segment that ends in this layer by dropping tokens."""
@@ -144,16 +135,15 @@ class Step:
             kwargs: those of the whole step.
             positions: makes other ones instead, of compact positions; may return nothing.
         """
-        if self.starts_segment(layer) or self._rotated is None:
-            changed = positions()
-            if not changed and self.tokens is not None:
-                changed = {
+        if layer in self._starts:
+            self._inputs = positions()
+            if not self._inputs and self.tokens is not None:
+                self._inputs = {
                     name: _picked(kwargs[name], self.tokens, dim)
                     for name, dim in (("position_embeddings", -2), ("position_ids", -1))
                     if kwargs.get(name) is not None
                 }
-            self._rotated = layer, changed
-        return self._rotated[1]
+        return self._inputs
 
     def restore(self, hidden: Tensor, length: int) -> Tensor:
         """The survivors' hidden states [1, n, d] at their places in the whole step, zeros elsewhere: [1, length, d]."""
