@@ -10,6 +10,9 @@ import json
 import shutil
 from pathlib import Path
 
+import vision  # noqa: F401 - before anybody looks for torchvision
+
+# isort: split
 import torch
 import transformers
 from transformers import CLIPVisionConfig, LlamaConfig
@@ -91,10 +94,17 @@ def llava_next(folder: Path) -> Path:
 
 def qwen2_5_vl(folder: Path) -> Path:
     """Qwen2.5-VL: multimodal rotary embedding, pictures of any size; its processor needs torchvision."""
-    marks = {"<|vision_start|>": 80, "<|vision_end|>": 81, "<|image_pad|>": 82, "<|video_pad|>": 83}
+    tokenizer = json.loads((embedded.path() / "tokenizer.json").read_text())
+    first = len(tokenizer["model"]["vocab"])
+    names = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    start, end, image, video = range(first, first + 4)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer["added_tokens"] += [
+        {"id": number, "content": name, "special": True, **flags} for number, name in enumerate(names, first)
+    ]
     rotary = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
     config = transformers.Qwen2_5_VLConfig(
-        text_config={**_TEXT, "vocab_size": 96, "rope_parameters": rotary},
+        text_config={**_TEXT, "vocab_size": first + 4, "hidden_size": 128, "rope_parameters": rotary},
         vision_config={
             "depth": 2,
             "hidden_size": 32,
@@ -103,18 +113,17 @@ def qwen2_5_vl(folder: Path) -> Path:
             "patch_size": 4,
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
-            "out_hidden_size": 64,
+            "out_hidden_size": 128,
             "window_size": 16,
             "fullatt_block_indexes": [1],
         },
-        vision_start_token_id=80,
-        vision_end_token_id=81,
-        image_token_id=82,
-        video_token_id=83,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        image_token_id=image,
+        video_token_id=video,
     )
     patches = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
-    size = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
-    sizes = {**_IMAGES, **patches, "size": size}
+    sizes = {**_IMAGES, **patches, "size": {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}}
     del sizes["crop_size"], sizes["do_center_crop"]
     processor = {
         "image_processor": {**sizes, "image_processor_type": "Qwen2VLImageProcessor"},
@@ -122,11 +131,10 @@ def qwen2_5_vl(folder: Path) -> Path:
         "processor_class": "Qwen2_5_VLProcessor",
     }
     _save(transformers.Qwen2_5_VLForConditionalGeneration, config, folder, processor)
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    for mark, number in marks.items():
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        tokenizer["added_tokens"].append({"id": number, "content": mark, "special": True, **flags})
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
 

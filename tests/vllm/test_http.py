@@ -50,7 +50,7 @@ def server(tmp_path_factory):
     environment |= {"ADAPTINFER_CONFIG": to_json(PRUNER), "VLLM_LOG_STATS_INTERVAL": "1"}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(embedded.path())]
     command += ["--served-model-name", "scenes", "--port", str(port), "--dtype", "float32", "--max-model-len", "512"]
-    command += ["--async-scheduling", "--limit-mm-per-prompt", '{"image": 2}', "--kv-cache-memory-bytes", str(2**28)]
+    command += ["--limit-mm-per-prompt", '{"image": 2}', "--kv-cache-memory-bytes", str(2**28)]
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as process:
         url = f"http://127.0.0.1:{port}"
         try:
