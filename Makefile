@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-full lint bench clean
+.PHONY: demo test test-full test-vllm lint bench clean
 
 demo: $(READY)
 	@mkdir -p build
@@ -19,6 +19,22 @@ test: $(READY)
 # The whole matrix of families, caches, backends and ways to decode; some 20 minutes on two cores.
 test-full: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+# vLLM pins other versions of transformers than we use, so it has an environment of its own. PyPI's torchvision is built
+# for CUDA and does not import beside the CPU build of torch; neither vLLM nor a LLaVA needs it.
+VLLM_BIN := .venv-vllm/bin
+VLLM_READY := .venv-vllm/.ready
+
+test-vllm: $(VLLM_READY)
+	cd tests/vllm && ../../$(VLLM_BIN)/python -m pytest
+
+$(VLLM_READY): requirements-vllm.lock pyproject.toml
+	@echo "Setting up .venv-vllm (once, some minutes; 3 GB)"
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-vllm.lock
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(VLLM_READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -37,4 +53,4 @@ $(READY): requirements.lock pyproject.toml
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) .venv-vllm build

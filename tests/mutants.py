@@ -31,6 +31,34 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "vLLM: text rows are looked for where they stood before earlier stages",
+        "serving/vllm_plugin/step.py",
+        "            text_index=torch.arange(start - dropped, stop - dropped, device=device)[None],",
+        "            text_index=torch.arange(start, stop, device=device)[None] % query.shape[1],",
+        "tests/test_serving_plan.py",
+    ),
+    Mutant(
+        "vLLM: vision tokens are looked for where they stood before earlier stages",
+        "serving/vllm_plugin/step.py",
+        "        self._vision[number] = (alive.cumsum(dim=1) - 1).gather(1, kept)",
+        "        self._vision[number] = kept % max(1, length - vision.shape[1] + keep)",
+        "tests/test_serving_plan.py",
+    ),
+    Mutant(
+        "vLLM: an answer reads entries that its pruned layers never held",
+        "serving/vllm_plugin/plan.py",
+        "        return self.prompt.dropped(layer) if self.prompt.prunes else 0",
+        "        return self.prompt.dropped(layer) if self.prompt.prunes and self.prefills else 0",
+        "tests/test_serving_plan.py",
+    ),
+    Mutant(
+        "vLLM: an answer that is computed again after a preemption guides",
+        "serving/vllm_plugin/step.py",
+        "        start, stop = self._rows[number].prompt.text",
+        "        start, stop = self._rows[number].prompt.text[0], self._rows[number].new",
+        "tests/test_serving_plan.py",
+    ),
+    Mutant(
         "1: the scoring pass forgets causality where SDPA's mask is None",
         "engine/masks.py",
         "    seen = columns <= rows[..., None] + past",

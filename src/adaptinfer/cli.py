@@ -24,6 +24,7 @@ from typer.core import TyperCommand, TyperGroup
 from adaptinfer.benchmark.cli import register as register_bench
 from adaptinfer.errors import AdaptInferError, InputError
 from adaptinfer.schedule import PRESETS, ModelShape, Schedule, ScheduleError, preset
+from adaptinfer.serving.cli import register as register_serve
 
 if TYPE_CHECKING:
     from adaptinfer.ask import Answer, Checkpoint, Prompt
@@ -497,6 +498,7 @@ def _document(
 
 
 register_bench(app, _EXIT_CODES)
+register_serve(app, _EXIT_CODES)
 
 
 # ---------------------------------------------------------------------------------------------------- what there is

@@ -11,7 +11,7 @@ from adaptinfer.files import write_whole
 from adaptinfer.pruners.base import Pruner, PrunerError
 from adaptinfer.schedule import Schedule
 
-__all__ = ["CONFIG_NAME", "from_pretrained", "save"]
+__all__ = ["CONFIG_NAME", "from_document", "from_pretrained", "save", "to_document"]
 
 CONFIG_NAME = "adaptinfer_config.json"
 _FORMAT, _VERSION = "adaptinfer.pruner", 1
@@ -21,8 +21,12 @@ def save(pruner: Pruner, path: str | Path) -> None:
     """Write a pruner into the folder ``path`` (made if missing)."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"format": _FORMAT, "version": _VERSION, **_plain(pruner)}
-    write_whole(folder / CONFIG_NAME, (json.dumps(content, indent=2) + "\n").encode())
+    write_whole(folder / CONFIG_NAME, (json.dumps(to_document(pruner), indent=2) + "\n").encode())
+
+
+def to_document(pruner: Pruner) -> dict[str, Any]:
+    """A pruner as the JSON object that `save` writes."""
+    return {"format": _FORMAT, "version": _VERSION, **_plain(pruner)}
 
 
 def from_pretrained(path: str | Path) -> Pruner:
@@ -43,12 +47,29 @@ def from_pretrained(path: str | Path) -> Pruner:
         raise PrunerError(f"{file}: cannot be read ({error})") from None
     except json.JSONDecodeError as error:
         raise PrunerError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise PrunerError(f"{file}: format: not an AdaptInfer pruner (expected {_FORMAT!r})")
-    version = content.pop("version", None)
+    return from_document(content, file)
+
+
+def from_document(content: dict[str, Any], where: str | Path) -> Pruner:
+    """A pruner from the JSON object that `to_document` made; format and version may be missing.
+
+    Args:
+        content: the object.
+        where: what to call it in an error.
+
+    Raises:
+        PrunerError: an unknown method or setting, or a newer version.
+        ScheduleError: its schedule is malformed.
+    """
+    settings = dict(content)
+    if settings.pop("format", _FORMAT) != _FORMAT:
+        raise PrunerError(f"{where}: format: not an AdaptInfer pruner (expected {_FORMAT!r})")
+    version = settings.pop("version", _VERSION)
     if version != _VERSION:
-        raise PrunerError(f"{file}: version: {version!r} is not readable here ({_VERSION} is); upgrade adaptinfer")
-    return _read(content, str(file))
+        raise PrunerError(f"{where}: version: {version!r} is not readable here ({_VERSION} is); upgrade adaptinfer")
+    return _read(settings, str(where))
 
 
 def _plain(value: Any) -> Any:

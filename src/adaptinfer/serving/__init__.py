@@ -1,0 +1,7 @@
+"""Serving pruned models to many users, or to one.
+
+settings.py      which pruner: a folder, a file, inline JSON, a preset
+vllm_plugin/     pruning inside vLLM, as a plug-in
+server.py        an OpenAI-compatible server on transformers alone
+cli.py           the sub-command ``adaptinfer serve``
+"""

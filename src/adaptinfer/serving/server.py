@@ -1,0 +1,161 @@
+# pyright: reportMissingImports=false
+"""An OpenAI-compatible server for one user or a laptop: transformers' own request handling around a pruned model.
+
+Requests are answered one after the other, as ``model.generate`` does. For many users there is the vLLM plug-in.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from adaptinfer.engine.attach import attach
+from adaptinfer.errors import InputError
+
+if TYPE_CHECKING:
+    from adaptinfer.ask import Checkpoint
+    from adaptinfer.pruners import Pruner
+
+__all__ = ["application", "run"]
+
+_MISSING = (
+    "adaptinfer serve needs the server that comes with transformers 5.19 and newer: pip install 'adaptinfer[serve]'"
+)
+_PICTURES = ("data:", "http://", "https://")
+
+
+def application(checkpoint: Checkpoint, pruner: Pruner | None) -> Any:
+    """The web application: ``/v1/chat/completions``, ``/v1/completions``, ``/v1/models`` and ``/health``.
+
+    Args:
+        checkpoint: its weights are loaded here.
+        pruner: attached to the model; None serves the model as it is.
+
+    Raises:
+        InputError: packages for serving are missing, or the weights cannot be read.
+        UnsupportedError: the model cannot be pruned.
+    """
+    try:
+        from fastapi import FastAPI, HTTPException, Request
+        from fastapi.responses import JSONResponse
+        from transformers.cli.serving.chat_completion import ChatCompletionHandler
+        from transformers.cli.serving.completion import CompletionHandler
+        from transformers.cli.serving.model_manager import ModelManager
+        from transformers.cli.serving.utils import GenerationState
+    except ImportError:
+        raise InputError(_MISSING) from None
+
+    processor, model = checkpoint.processor, checkpoint.load()
+    if pruner is not None:
+        attach(model, pruner)
+    longest = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    model.generate = _bounded(model.generate, longest)
+
+    class OneModel(ModelManager):
+        """Holds the model that is there, whatever name a request gives it."""
+
+        def _load_model(self, *args: Any, **kwargs: Any) -> Any:
+            return model
+
+        def _load_processor(self, *args: Any, **kwargs: Any) -> Any:
+            return processor
+
+    parts: dict[str, Any] = {
+        "model_manager": OneModel(force_model=checkpoint.name, device=checkpoint.device),
+        "generation_state": GenerationState(),
+    }
+    handlers = {
+        "/v1/chat/completions": ChatCompletionHandler(**parts, chat_template_kwargs={}),
+        "/v1/completions": CompletionHandler(**parts),
+    }
+    app = FastAPI(title="adaptinfer serve", docs_url=None, redoc_url=None)
+    started = int(time.time())
+
+    async def answer(request: Request) -> Any:
+        try:
+            body = await request.json()
+        except ValueError:
+            raise HTTPException(400, "the body is not valid JSON") from None
+        if not isinstance(body, dict):
+            raise HTTPException(400, "the body must be a JSON object")
+        if body.pop("model", checkpoint.name) != checkpoint.name:
+            raise HTTPException(404, f"this server has one model, {checkpoint.name!r}")
+        _check_pictures(body)
+        try:
+            return await handlers[request.url.path].handle_request(body, f"chatcmpl-{uuid.uuid4().hex}")
+        except (ValueError, TypeError, KeyError, OSError, IndexError, AttributeError) as error:
+            # What handlers raise of a body that is none of theirs; a picture that is none is among these.
+            raise HTTPException(400, _first_line(error)) from error
+
+    for path in handlers:
+        app.add_route(path, answer, methods=["POST"])
+
+    @app.get("/v1/models")
+    def models() -> Any:
+        entry = {"id": checkpoint.name, "object": "model", "created": started, "owned_by": "adaptinfer"}
+        return {"object": "list", "data": [entry]}
+
+    @app.get("/health")
+    def health() -> Any:
+        return {"status": "ok"}
+
+    @app.exception_handler(HTTPException)
+    async def refuse(request: Request, error: HTTPException) -> Any:
+        kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+        content = {"error": {"message": str(error.detail), "type": kind, "code": error.status_code}}
+        return JSONResponse(content, status_code=error.status_code)
+
+    return app
+
+
+def run(checkpoint: Checkpoint, pruner: Pruner | None, host: str, port: int) -> None:
+    """Serve until interrupted.
+
+    Raises:
+        InputError: as `application`, or the address is taken.
+    """
+    try:
+        import uvicorn
+    except ImportError:
+        raise InputError(_MISSING) from None
+    app = application(checkpoint, pruner)
+    config = uvicorn.Config(app, host=host, port=port, log_level="info")
+    try:
+        server_socket = config.bind_socket()
+    except SystemExit:  # uvicorn's way to say it
+        raise InputError(f"--host {host} --port {port}: the address cannot be used, or somebody uses it") from None
+    uvicorn.Server(config).run(sockets=[server_socket])
+
+
+def _check_pictures(body: dict[str, Any]) -> None:
+    """Pictures come in the request or from the web: a path would be read from the server's own disk."""
+    from fastapi import HTTPException
+
+    messages = body.get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            for key in ("image_url", "video_url", "audio_url"):
+                url = part.get(key) if isinstance(part, dict) else None
+                url = url.get("url") if isinstance(url, dict) else url
+                if url is not None and not (isinstance(url, str) and url.startswith(_PICTURES)):
+                    raise HTTPException(400, f"{key}: must start with data:, http:// or https://")
+
+
+def _bounded(generate: Any, longest: int | None) -> Any:
+    """Refuse prompts that are longer than the model's positions, which transformers would answer with nonsense."""
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        ids = kwargs.get("input_ids")
+        if longest is not None and ids is not None and ids.shape[-1] >= longest:
+            raise InputError(f"the prompt has {ids.shape[-1]} tokens, and this model takes {longest - 1} at most")
+        return generate(*args, **kwargs)
+
+    return checked
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, KeyError):
+        return f"{error.args[0]!r} is missing"
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,55 @@
+"""Which pruner a server is to use, from what a user can put into an environment variable or on a command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from adaptinfer.pruners import Pruner, PrunerError
+from adaptinfer.pruners.config import CONFIG_NAME, from_document, from_pretrained, to_document
+from adaptinfer.schedule import Schedule, preset
+
+__all__ = ["pruner_from", "to_json"]
+
+
+def pruner_from(value: str | dict[str, Any], source: str) -> Pruner:
+    """The pruner that a setting describes.
+
+    Args:
+        value: a folder with ``adaptinfer_config.json``, such a file, or a JSON object: ``{"budget": 64}``,
+            ``{"method": "random", "schedule": "schedule.json"}``, ``{"preset": "llava-1.5-7b/64"}``. ``method`` is
+            ``adaptinfer`` when nothing is said; a schedule may be a file or an object.
+        source: what to call the setting in an error.
+
+    Raises:
+        PrunerError: it describes no pruner; the message names the setting.
+        ScheduleError: its schedule is malformed.
+    """
+    if isinstance(value, str) and not value.lstrip().startswith("{"):
+        path = Path(value)
+        if not path.exists():
+            raise PrunerError(
+                f"{source}: {value!r} is neither a folder with {CONFIG_NAME}, nor such a file, nor a JSON object"
+            )
+        return from_pretrained(path)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise PrunerError(f"{source}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise PrunerError(f"{source}: must be a folder, a file or a JSON object, not {value!r}")
+    settings = {"method": "adaptinfer", **value}
+    if "preset" in settings:
+        if "schedule" in settings:
+            raise PrunerError(f"{source}: give a preset or a schedule, not both")
+        settings["schedule"] = json.loads(preset(settings.pop("preset")).to_json())
+    elif isinstance(settings.get("schedule"), str):
+        settings["schedule"] = json.loads(Schedule.load(settings["schedule"]).to_json())
+    return from_document(settings, source)
+
+
+def to_json(pruner: Pruner) -> str:
+    """A pruner as one line that `pruner_from` reads back, here or in another process."""
+    return json.dumps(to_document(pruner), separators=(",", ":"))
