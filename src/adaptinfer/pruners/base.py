@@ -44,6 +44,8 @@ class Pruner(ABC):
 
     name: ClassVar[str]
     reference: ClassVar[str]
+    observes: ClassVar[bool] = False
+    """Whether it only looks: it is asked to score in every layer that has keys of its own, and nothing is dropped."""
 
     budget: float | None = None
     schedule: Schedule | None = None
