@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adaptinfer.calibration.result import Calibration
+    from adaptinfer.calibration.run import calibrate
     from adaptinfer.engine.attach import Handle, attach, disabled
     from adaptinfer.engine.report import Report
     from adaptinfer.errors import AdaptInferError, InputError, UnsupportedError
@@ -24,6 +26,7 @@ __all__ = [
     "PRESETS",
     "AdaptInfer",
     "AdaptInferError",
+    "Calibration",
     "Handle",
     "InputError",
     "ModelShape",
@@ -37,6 +40,7 @@ __all__ = [
     "Stage",
     "UnsupportedError",
     "attach",
+    "calibrate",
     "disabled",
     "from_pretrained",
     "preset",
@@ -44,6 +48,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "calibration.result": ("Calibration",),
+    "calibration.run": ("calibrate",),
     "engine.attach": ("Handle", "attach", "disabled"),
     "engine.report": ("Report",),
     "errors": ("AdaptInferError", "InputError", "UnsupportedError"),

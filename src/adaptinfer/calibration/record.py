@@ -1,8 +1,8 @@
 """Read the attention of an unpruned model, one sample after the other.
 
-Only the text rows of the attention are computed (T x L, a few heads at a time), inside the layers, by the same code that
-scores in a pruned run; the model attends with the backend that it was loaded with. A prompt of 16,000 vision tokens
-leaves 4 MB behind, and nothing else stays in memory.
+Only the text rows of the attention are computed (T x L, a few heads at a time), inside the layers, by the same code
+that scores in a pruned run; the model attends with the backend that it was loaded with. A prompt of 16,000 vision
+tokens leaves 4 MB behind, and nothing else stays in memory.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Reader:
     """
 
     def __init__(self, model: Any, processor: Any, method: Pruner) -> None:
-        self._model, self._processor = model, processor
+        self.model, self.method, self._processor = model, method, processor
         self.shape = ModelShape.from_config(model.config)
         self.scoring = family_of(model).scoring
         self._observer = _Observer(schedule=Schedule((), self.shape.num_layers), method=method)
@@ -116,7 +116,7 @@ class Reader:
         seen = self._observer.seen
         seen.clear()
         with torch.inference_mode():
-            self._model.base_model(**inputs, use_cache=False)
+            self.model.base_model(**inputs, use_cache=False)
         if not seen:
             raise InputError(f"{sample.id}: no text after the last image, so nothing tells which vision tokens matter")
         vision = seen[0][1].shape[1]
@@ -136,7 +136,7 @@ class Reader:
             inputs = dict(processed(self._processor, list(sample.images), question))
         except (ValueError, IndexError, RuntimeError) as error:
             raise InputError(f"{sample.id}: the model's processor refuses it ({error})") from None
-        device, dtype = self._model.device, self._model.dtype
+        device, dtype = self.model.device, self.model.dtype
         return {
             name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
             for name, value in inputs.items()

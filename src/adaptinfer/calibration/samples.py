@@ -248,7 +248,8 @@ def _questions_file(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise InputError(
-            f"data {str(path)!r}: no such folder; give a folder with a JSONL file of questions, 'scenes', or '{HUB}NAME'"
+            f"data {str(path)!r}: no such folder; give a folder with a JSONL file of questions, 'scenes', or "
+            f"'{HUB}NAME'"
         )
     found = sorted(path.glob("*.jsonl"))
     if len(found) != 1:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from adaptinfer.calibration.record import Reader
     from adaptinfer.calibration.samples import Source
 
-__all__ = ["MOST_SKIPPED", "PART", "Recording", "Skipped", "about", "check_skipped", "record_part"]
+__all__ = ["MOST_SKIPPED", "PART", "Recording", "Skipped", "about", "check_skipped", "digest_of", "record_part"]
 
 FORMAT, VERSION = "adaptinfer.recording", 1
 PART = 8
@@ -72,7 +72,7 @@ class Recording:
 
     def __init__(self, folder: Path, content: dict[str, Any]) -> None:
         self.folder, self.about = folder, content
-        self._digest = hashlib.sha256(json.dumps(_compared(content), sort_keys=True).encode()).hexdigest()
+        self._digest = digest_of(content)
         description = folder / "recording.json"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -93,8 +93,8 @@ class Recording:
             write_whole(self._path(part), data)
         except OSError as error:
             raise InputError(
-                f"{str(self.folder)!r}: cannot be written ({error.strerror}); what was recorded so far is kept, so make "
-                "room and run the same again"
+                f"{str(self.folder)!r}: cannot be written ({error.strerror}); what was recorded so far is kept, so "
+                "make room and run the same again"
             ) from None
 
     def readings(self, count: int) -> Iterator[Reading]:
@@ -113,10 +113,12 @@ class Recording:
 
     def skipped(self, count: int) -> list[Skipped]:
         """The samples among the first ``count`` that could not be used."""
-        rows: list[dict[str, Any]] = []
-        for part in _parts(count):
-            with self._open(part) as file:
-                rows += json.loads(file.metadata()["samples"])
+        return [each for part in _parts(count) for each in self.skipped_in(part)]
+
+    def skipped_in(self, part: range) -> list[Skipped]:
+        """Those of one part."""
+        with self._open(part) as file:
+            rows = json.loads(file.metadata()["samples"])
         return [Skipped(row["index"], row["reason"]) for row in rows if "reason" in row]
 
     def _path(self, part: range) -> Path:
@@ -136,18 +138,6 @@ class Recording:
             raise InputError(f"{str(self._path(part))!r}: is missing or damaged; record again")
         return safe_open(self._path(part), framework="np")
 
-    def seal(self, part: range, readings: Sequence[Reading], skipped: Sequence[Skipped]) -> bytes:
-        """A part as bytes, the same ones for the same readings."""
-        rows: list[dict[str, Any]] = [
-            {"index": each.index, "id": each.id, "kind": each.kind, "text_tokens": each.text_tokens}
-            for each in readings
-        ]
-        rows += [{"index": each.index, "reason": each.reason} for each in skipped]
-        rows.sort(key=lambda row: row["index"])
-        tensors = {f"{name}.{each.index}": getattr(each, name) for each in readings for name in ("mass", "score")}
-        header = {"about": self._digest, "stop": str(part.stop), "samples": json.dumps(rows)}
-        return save(tensors or {"none": np.zeros(0, dtype=np.float32)}, metadata=header)
-
     def _check(self, description: Path) -> None:
         try:
             there = json.loads(description.read_text(encoding="utf-8"))
@@ -164,26 +154,40 @@ class Recording:
                 )
 
 
+def digest_of(content: dict[str, Any]) -> str:
+    """What ties a part to its recording."""
+    return hashlib.sha256(json.dumps(_compared(content), sort_keys=True).encode()).hexdigest()
+
+
 def record_part(
-    reader: Reader, recording: Recording, source: Source, part: range, progress: Callable[[int], None] = lambda _: None
+    reader: Reader, source: Source, part: range, digest: str, progress: Callable[[int], None] = lambda _: None
 ) -> bytes:
     """Read the samples of one part. Those that cannot be used are noted with their reason.
 
     Args:
         reader: of the model.
-        recording: that the part is for.
         source: of the samples.
         part: their numbers.
+        digest: of the recording, from `digest_of`.
         progress: told each sample's number before it is read.
+
+    Returns:
+        The part as a safetensors file, the same bytes for the same readings.
     """
-    readings, skipped = [], []
+    readings: list[Reading] = []
+    rows: list[dict[str, Any]] = []
     for index in part:
         progress(index)
         try:
-            readings.append(reader.read(index, source[index]))
+            reading = reader.read(index, source[index])
         except InputError as error:
-            skipped.append(Skipped(index, str(error)))
-    return recording.seal(part, readings, skipped)
+            rows.append({"index": index, "reason": str(error)})
+            continue
+        readings.append(reading)
+        rows.append({"index": index, "id": reading.id, "kind": reading.kind, "text_tokens": reading.text_tokens})
+    tensors = {f"{name}.{each.index}": getattr(each, name) for each in readings for name in ("mass", "score")}
+    header = {"about": digest, "stop": str(part.stop), "samples": json.dumps(rows)}
+    return save(tensors or {"none": np.zeros(0, dtype=np.float32)}, metadata=header)
 
 
 def check_skipped(skipped: Sequence[Skipped], count: int) -> None:
