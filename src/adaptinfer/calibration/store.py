@@ -35,6 +35,7 @@ PART = 8
 MOST_SKIPPED = 0.1
 """Share of samples that may be unusable before the whole data set is taken for a mistake."""
 
+_HEADER = "adaptinfer"
 _WHAT = {"model": "another model", "method": "another method's scores", "data": "other data"}
 
 
@@ -85,7 +86,7 @@ class Recording:
 
     def missing(self, count: int) -> list[range]:
         """The parts of the first ``count`` samples that have yet to be recorded."""
-        return [part for part in _parts(count) if self._header(part) is None]
+        return [part for part in _parts(count) if not self._is_there(part)]
 
     def write(self, part: range, data: bytes) -> None:
         """Put a part from `record_part` in its place. Raises InputError if the disk is full or cannot be written."""
@@ -105,7 +106,7 @@ class Recording:
         """
         for part in _parts(count):
             with self._open(part) as file:
-                for row in json.loads(file.metadata()["samples"]):
+                for row in _header(file)["samples"]:
                     if "reason" not in row:
                         index = row["index"]
                         mass, score = (file.get_tensor(f"{name}.{index}") for name in ("mass", "score"))
@@ -118,23 +119,23 @@ class Recording:
     def skipped_in(self, part: range) -> list[Skipped]:
         """Those of one part."""
         with self._open(part) as file:
-            rows = json.loads(file.metadata()["samples"])
+            rows = _header(file)["samples"]
         return [Skipped(row["index"], row["reason"]) for row in rows if "reason" in row]
 
     def _path(self, part: range) -> Path:
         return self.folder / f"part-{part.start // PART:06d}.safetensors"
 
-    def _header(self, part: range) -> dict[str, str] | None:
-        """A part's metadata; None if it is not there, is damaged, or ends elsewhere (it was the last of fewer)."""
+    def _is_there(self, part: range) -> bool:
+        """Whether a part is whole, of this recording, and ends where it should (it may have been the last of fewer)."""
         try:
             with safe_open(self._path(part), framework="np") as file:
-                header = file.metadata() or {}
+                header = _header(file)
         except (OSError, SafetensorError):
-            return None
-        return header if (header.get("about"), header.get("stop")) == (self._digest, str(part.stop)) else None
+            return False
+        return (header.get("about"), header.get("stop")) == (self._digest, part.stop)
 
     def _open(self, part: range) -> Any:
-        if self._header(part) is None:
+        if not self._is_there(part):
             raise InputError(f"{str(self._path(part))!r}: is missing or damaged; record again")
         return safe_open(self._path(part), framework="np")
 
@@ -186,8 +187,9 @@ def record_part(
         readings.append(reading)
         rows.append({"index": index, "id": reading.id, "kind": reading.kind, "text_tokens": reading.text_tokens})
     tensors = {f"{name}.{each.index}": getattr(each, name) for each in readings for name in ("mass", "score")}
-    header = {"about": digest, "stop": str(part.stop), "samples": json.dumps(rows)}
-    return save(tensors or {"none": np.zeros(0, dtype=np.float32)}, metadata=header)
+    header = json.dumps({"about": digest, "stop": part.stop, "samples": rows})
+    # One entry, since safetensors writes several in any order, and the same readings are to be the same bytes.
+    return save(tensors or {"none": np.zeros(0, dtype=np.float32)}, metadata={_HEADER: header})
 
 
 def check_skipped(skipped: Sequence[Skipped], count: int) -> None:
@@ -202,6 +204,10 @@ def check_skipped(skipped: Sequence[Skipped], count: int) -> None:
             f"data: {len(skipped)} of {count} samples cannot be used, more than {MOST_SKIPPED:.0%}: {first}"
             + ("; ..." if len(skipped) > 3 else "")
         )
+
+
+def _header(file: Any) -> dict[str, Any]:
+    return json.loads((file.metadata() or {}).get(_HEADER, "{}"))
 
 
 def _parts(count: int) -> list[range]:
