@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,9 +137,8 @@ def test_a_pruner_in_the_way_is_refused(checkpoint, model):
 class Source:
     """Drawn scenes; some cannot be used, and one can end the run."""
 
-    identity = {"scenes": "of the test"}
-
     def __init__(self, bad=(), kill_at=None) -> None:
+        self.identity = {"scenes": "of the test"}
         self.scenes, self.bad, self.kill_at, self.asked = open_source("scenes"), bad, kill_at, []
 
     def __len__(self) -> int:
@@ -157,13 +157,20 @@ def parts(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
-@pytest.fixture
-def whole(tmp_path, reader):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, checkpoint, model):
     """A recording of 20 samples made in one go."""
     source = Source()
-    recording = Recording(tmp_path / "whole", content_of(reader, "embedded", source))
-    record(reader, source, recording, 20, quiet)
+    with Reader(model, checkpoint.processor, SCORE) as reader:
+        recording = Recording(tmp_path_factory.mktemp("made"), content_of(reader, "embedded", source))
+        record(reader, source, recording, 20, quiet)
     return recording
+
+
+@pytest.fixture
+def whole(tmp_path, made):
+    """The same, to be broken."""
+    return Recording(Path(shutil.copytree(made.folder, tmp_path / "whole")), made.about)
 
 
 def test_a_recording_is_read_back(whole, reader):
@@ -365,9 +372,10 @@ def test_questions_that_the_model_cannot_take(reader):
 
 def test_no_text_after_the_image(models):
     ids = tiny.llava_image(tiny.words(tiny.Prompt(), 5, 0), 1)
-    with Reader(models("llava"), Prepared(tiny.batch("llava", [ids])), SCORE) as reader:
-        with pytest.raises(InputError, match="x: no text after the last image"):
-            reader.read(0, Sample("x", (), "before it"))
+    prepared = Prepared(tiny.batch("llava", [ids]))
+    message = "x: no text after the last image"
+    with Reader(models("llava"), prepared, SCORE) as reader, pytest.raises(InputError, match=message):
+        reader.read(0, Sample("x", (), "before it"))
 
 
 # ---------------------------------------------------------------------------------------------------- in one call
@@ -506,7 +514,16 @@ def environment(**more):
 @pytest.mark.slow
 def test_two_launched_processes_make_what_one_does(tmp_path):
     subprocess.run([*COMMAND, "-o", tmp_path / "one"], env=environment(), check=True, capture_output=True)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
     subprocess.run([*launch, *COMMAND[2:], "-o", tmp_path / "two"], env=environment(), check=True, timeout=600)
     assert parts(tmp_path / "one" / "recording") == parts(tmp_path / "two" / "recording")

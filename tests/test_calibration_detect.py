@@ -75,7 +75,7 @@ def test_the_tenth_with_the_most_attention_is_looked_at():
     mass = np.ones((DEPTH, 39)) * 0.01
     mass[5, 7], mass[20, 30] = 9.0, 8.0
     assert salient_curves(mass).shape == (3, DEPTH)
-    assert published_layers(mass) [1:] == [4, 19], "with token 0, the first of equals"
+    assert published_layers(mass)[1:] == [4, 19], "with token 0, the first of equals"
     assert salient_curves(np.ones((DEPTH, 3))).shape == (1, DEPTH)
 
 

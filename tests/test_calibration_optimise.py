@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptinfer.calibration.objective import FlopCost, KeptMass, TokenCost
-from adaptinfer.calibration.optimise import best_stages, frontier, keep_grid, optimise, published_shape, with_layers
+from adaptinfer.calibration.optimise import Programme, frontier, keep_grid, optimise, published_shape, with_layers
 from adaptinfer.errors import InputError
 from adaptinfer.schedule import ModelShape, Schedule, ScheduleError, Stage
 
@@ -100,10 +100,11 @@ def test_the_programme_is_brute_force(stages, cost):
         values = [np.mean([kept_slowly(reading, way, nested=False) for reading in made]) for way in ways]
         costs = [spent(way, cost) for way in ways]
         everything = mass.cost(cost, (), ())
+        programme = Programme(mass, cost, int(0.7 * everything), stages)
         for share in (0.3, 0.45, 0.7):
             budget = int(share * everything)
             best = max((value for value, price in zip(values, costs, strict=True) if price <= budget), default=None)
-            found = best_stages(mass, cost, budget, stages)[stages - 1]
+            found = programme.best(stages, budget)
             if best is None:
                 assert found is None
                 continue

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MOST_STAGES",
     "Choice",
-    "best_stages",
+    "Programme",
     "check_budget",
     "frontier",
     "keep_grid",
@@ -82,8 +82,10 @@ def optimise(mass: KeptMass, cost: Cost, budget: int, stages: int | None = None)
         return everything, {0: everything}
     tried: dict[int, Choice] = {}
     published = published_shape(mass, cost, budget)
-    for number, programmed in enumerate(best_stages(mass, cost, budget, stages or MOST_STAGES), 1):
-        starts = [programmed, tried[number - 1].schedule if number - 1 in tried else None]
+    most = stages or MOST_STAGES
+    programme = Programme(mass, cost, budget, most)
+    for number in range(1, most + 1):
+        starts = [programme.best(number, budget), tried[number - 1].schedule if number - 1 in tried else None]
         if published is not None and len(published.stages) <= number:
             starts.append(published)
         candidates = [start for start in starts if start is not None]
@@ -106,8 +108,10 @@ def frontier(mass: KeptMass, cost: Cost, budgets: Sequence[int], stages: int) ->
         stages: at most.
     """
     found = []
+    programme = Programme(mass, cost, max(budgets, default=0), stages)
     for budget in budgets:
-        candidates = [*best_stages(mass, cost, budget, stages), published_shape(mass, cost, budget)]
+        best = (programme.best(number, budget) for number in range(1, stages + 1))
+        candidates = [published_shape(mass, cost, budget), *(_topped_up(mass, cost, budget, each) for each in best)]
         judged = [_judged(mass, each) for each in candidates if each is not None]
         found.append(max(judged, key=lambda choice: choice.kept_mass))
     return found
@@ -160,84 +164,92 @@ def keep_grid(vision_tokens: int) -> list[int]:
     return sorted({0, *np.round(np.geomspace(1, vision_tokens - 1, _GRID)).astype(int).tolist()})
 
 
-def best_stages(
-    mass: KeptMass, cost: Cost, budget: int, stages: int, grid: Sequence[int] | None = None
-) -> list[Schedule | None]:
+class Programme:
     """The dynamic programme: the best schedules with 1, 2, ... stages, each stage judged by its own score alone.
 
     settled[l, k][c] is the largest mass of the layers 0 ... l if the last stage so far sits in layer l, keeps
     ``grid[k]``, and those layers cost c; arrived[l, k][c] the same for a layer l that is given ``grid[k]`` tokens,
-    before it prunes or is paid for. Costs are whole units, rounded up, so that the budget holds.
+    before it prunes or is paid for. Costs are whole units, rounded up, so that a budget holds.
 
     Args:
         mass: what survives.
         cost: of a layer.
-        budget: over all layers.
+        budget: over all layers; the largest that will be asked about.
         stages: the largest number of stages.
         grid: ascending keeps below the vision tokens; None for `keep_grid`.
-
-    Returns:
-        One for each number; None where so many do not fit.
     """
-    grid, everything = list(grid or keep_grid(mass.vision_tokens)), mass.vision_tokens
-    unit = max(1, -(-budget // _UNITS))
-    room = budget // unit
 
-    def units(given: int, kept: int, layers: int = 1) -> int:
-        return -(-layers * cost.layer(given, kept) // unit)
+    def __init__(self, mass: KeptMass, cost: Cost, budget: int, stages: int, grid: Sequence[int] | None = None) -> None:
+        self._mass, self._cost, self._grid = mass, cost, list(grid or keep_grid(mass.vision_tokens))
+        self._unit = max(1, -(-budget // _UNITS))
+        self._held = mass.segments(self._grid)
+        room = budget // self._unit
+        settled = self._first_stage(room)
+        self._trail: list[tuple[_States, _States]] = [({}, settled)]
+        for _ in range(stages - 1):
+            arrived = self._arrive(settled, room)
+            settled = self._settle(arrived, room)
+            self._trail.append((arrived, settled))
 
-    held, head = mass.segments(grid), mass.by_layer.mean(axis=0).cumsum()
-    settled: _States = {}
-    for layer, k in itertools.product(mass.possible, range(len(grid))):
-        spent = units(everything, everything, layer) + units(everything, grid[k])
-        start = np.full(room + 1, -np.inf)
-        start[0] = head[layer]
-        settled.setdefault((layer, k), _Best(room)).offer(start, spent, -1)
-    trail: list[tuple[_States, _States]] = [({}, settled)]
-    for _ in range(stages - 1):
+    def best(self, stages: int, budget: int) -> Schedule | None:
+        """The best schedule with exactly so many stages at no more than a budget; None where so many do not fit."""
+        end = self._end(self._trail[stages - 1][1], budget // self._unit)
+        if end is None:
+            return None
+        layer, k, spent = end
+        way = [(layer, self._grid[k])]
+        for arrived, settled in self._trail[stages - 1 : 0 : -1]:
+            before = int(settled[layer, k].origin[spent])
+            spent -= self._units(before, k)
+            earlier = int(arrived[layer, before].origin[spent])
+            spent -= self._units(before, before, layer - earlier - 1)
+            layer, k = earlier, before
+            way.append((layer, self._grid[k]))
+        return self._mass.schedule([at for at, _ in reversed(way)], [keep for _, keep in reversed(way)])
+
+    def _units(self, given: int, kept: int, layers: int = 1) -> int:
+        """Of some layers that are given and hand on keeps with these numbers in the grid; -1 is all tokens."""
+        entering = [*self._grid, self._mass.vision_tokens]
+        return -(-layers * self._cost.layer(entering[given], entering[kept]) // self._unit)
+
+    def _first_stage(self, room: int) -> _States:
+        settled: _States = {}
+        head = self._mass.by_layer.mean(axis=0).cumsum()
+        for layer, k in itertools.product(self._mass.possible, range(len(self._grid))):
+            start = np.full(room + 1, -np.inf)
+            start[0] = head[layer]
+            settled[layer, k] = _Best(room)
+            settled[layer, k].offer(start, self._units(-1, -1, layer) + self._units(-1, k), -1)
+        return settled
+
+    def _arrive(self, settled: _States, room: int) -> _States:
         arrived: _States = {}
         for (layer, k), best in settled.items():
-            for later in mass.possible:
+            for later in self._mass.possible:
                 if later > layer:
-                    values = best.values + held[layer, k, later + 1]
-                    between = units(grid[k], grid[k], later - layer - 1)
+                    values = best.values + self._held[layer, k, later + 1]
+                    between = self._units(k, k, later - layer - 1)
                     arrived.setdefault((later, k), _Best(room)).offer(values, between, layer)
-        settled = {}
+        return arrived
+
+    def _settle(self, arrived: _States, room: int) -> _States:
+        settled: _States = {}
         for (layer, k), best in arrived.items():
             for fewer in range(k):
-                spent = units(grid[k], grid[fewer])
-                settled.setdefault((layer, fewer), _Best(room)).offer(best.values, spent, k)
-        trail.append((arrived, settled))
+                settled.setdefault((layer, fewer), _Best(room)).offer(best.values, self._units(k, fewer), k)
+        return settled
 
-    def ending(settled: _States) -> tuple[int, int, int] | None:
-        """The last stage's layer and keep, and the cost up to it, of the best way to the end."""
-        end, value = None, -np.inf
+    def _end(self, settled: _States, room: int) -> tuple[int, int, int] | None:
+        """The last stage's layer and keep, and the cost up to it, of the best way through all layers."""
+        end, value, depth = None, -np.inf, self._mass.num_layers
         for (layer, k), best in settled.items():
-            left = room - units(grid[k], grid[k], mass.num_layers - 1 - layer)
+            left = room - self._units(k, k, depth - 1 - layer)
             if left >= 0:
                 spent = int(best.values[: left + 1].argmax())
-                total = best.values[spent] + held[layer, k, mass.num_layers]
+                total = best.values[spent] + self._held[layer, k, depth]
                 if total > value:
                     end, value = (layer, k, spent), total
         return end
-
-    found: list[Schedule | None] = []
-    for number, (_, last) in enumerate(trail):
-        end = ending(last)
-        if end is None:
-            found.append(None)
-            continue
-        layer, k, spent = end
-        way = [(layer, grid[k])]
-        for arrived, settled in trail[number:0:-1]:
-            before = int(settled[layer, k].origin[spent])
-            spent -= units(grid[before], grid[k])
-            earlier = int(arrived[layer, before].origin[spent])
-            spent -= units(grid[before], grid[before], layer - earlier - 1)
-            layer, k = earlier, before
-            way.append((layer, grid[k]))
-        found.append(mass.schedule([at for at, _ in reversed(way)], [keep for _, keep in reversed(way)]))
-    return found
 
 
 class _Best:
@@ -318,6 +330,13 @@ def _filled(
     if any(after > before for before, after in itertools.pairwise([mass.vision_tokens, *keeps, 0])):
         return None  # a keep that grows, or lies below 0
     return mass.schedule(layers, keeps)
+
+
+def _topped_up(mass: KeptMass, cost: Cost, budget: int, schedule: Schedule | None) -> Schedule | None:
+    """The last stage takes what rounding has left of the budget."""
+    if schedule is None:
+        return None
+    return _filled(mass, cost, budget, *_parts(schedule), len(schedule.stages) - 1) or schedule
 
 
 def _parts(schedule: Schedule) -> tuple[tuple[int, ...], tuple[int, ...]]:

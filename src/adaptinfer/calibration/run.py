@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Budget", "analyse", "calibrate", "content_of", "record"]
 
 _Way = tuple[str, tuple[int, ...], Schedule | None]  # name, layers that a detector found, schedule
-_SHARES = (0.04, 0.06, 0.08, 0.11, 0.16, 0.22, 0.33, 0.5, 0.75)
+_SHARES = (0.04, 0.06, 0.08, 0.11, 0.16, 0.22, 0.33, 0.5, 0.75)  # of the vision tokens, in the picture
 _MOST_DETECTED = 3  # the published proportions of keeps are for so many stages
 
 
