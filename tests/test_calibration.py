@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -529,3 +530,33 @@ def test_two_launched_processes_make_what_one_does(tmp_path):
     assert parts(tmp_path / "one" / "recording") == parts(tmp_path / "two" / "recording")
     for name in OUTPUTS:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_ray_actors_one_of_them_killed_make_what_one_process_does(tmp_path):
+    pytest.importorskip("ray.data")
+    psutil = pytest.importorskip("psutil")
+    one = [*COMMAND, "--samples", "48", "-o", tmp_path / "one"]
+    subprocess.run(one, env=environment(), check=True, capture_output=True)
+    folder = tmp_path / "ray" / "recording"
+    many = subprocess.Popen(
+        [*COMMAND, "--samples", "48", "--ray", "2", "-o", tmp_path / "ray"],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    killed = 0
+    while many.poll() is None and not killed:
+        time.sleep(0.2)
+        if len(list(folder.glob("part-*.safetensors"))) >= 1:
+            workers = psutil.Process(many.pid).children(recursive=True)
+            for worker in [each for each in workers if each.name().startswith("ray::")][:1]:
+                worker.kill()
+                killed += 1
+    output, errors = many.communicate(timeout=500)
+    assert many.returncode == 0, errors
+    assert killed and "48 samples (0 skipped)" in output
+    assert parts(tmp_path / "one" / "recording") == parts(folder)
+    for name in OUTPUTS:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "ray" / name).read_bytes()

@@ -7,6 +7,7 @@ need no common disk; an actor that dies is started again, and its part is read a
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -108,6 +109,8 @@ def record_with_ray(job: Job, actors: int, progress: Callable[[str], None]) -> t
         raise InputError("--ray needs the extra: pip install 'adaptinfer[ray]'") from None
     source = job.source()
     count = min(job.count, len(source))
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
     gpus = int(job.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0)
