@@ -90,16 +90,40 @@ def test_a_reading_is_what_the_models_own_attention_says(models, family, attenti
 
 
 @torch.no_grad()
-def test_reading_changes_nothing(models):
-    model = models("llava")
-    inputs = tiny.batch("llava", [tiny.simple("llava")])
-    vanilla = model(**inputs).logits
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_reading_changes_nothing(models, family, attention):
+    model = models(family, attention)
+    inputs = tiny.batch(family, [tiny.simple(family)])
+    ragged = tiny.batch(family, [tiny.simple(family, images=2, after=3), tiny.simple(family)])
+    vanilla = [model(**each).logits for each in (inputs, ragged)]
     with Reader(model, Prepared(inputs), SCORE) as reader:
-        assert torch.equal(model(**inputs).logits, vanilla), "the backend stays, and nothing is dropped"
-        assert model.config.get_text_config()._attn_implementation == "sdpa"
+        for each, logits in zip((inputs, ragged), vanilla, strict=True):
+            assert torch.equal(model(**each).logits, logits), "the backend stays, and nothing is dropped"
+        assert reader._handle.report.stages == ()
+        assert model.config.get_text_config()._attn_implementation == attention
         reader.read(0, Sample("one", (), "a question"))
         assert reader._observer.seen == [], "nothing stays in memory"
-    assert torch.equal(model(**inputs).logits, vanilla)
+    assert torch.equal(model(**inputs).logits, vanilla[0])
+
+
+@torch.no_grad()
+def test_thousands_of_vision_tokens_leave_no_square_behind(models):
+    """Nothing of the size of tokens x tokens is made beside what vanilla makes."""
+    model = models("qwen2_5_vl")
+    inputs = tiny.batch("qwen2_5_vl", [tiny.simple("qwen2_5_vl", grid=(1, 80, 80))])
+    length = inputs["input_ids"].shape[1]
+    assert length > 1600
+
+    def largest(run) -> int:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            run()
+        return max(event.self_cpu_memory_usage for event in profile.events())
+
+    vanilla = largest(lambda: model.base_model(**inputs, use_cache=False))
+    with Reader(model, Prepared(inputs), SCORE) as reader:
+        read = largest(lambda: reader.read(0, Sample("one", (), "a question")))
+    assert read <= max(vanilla, 4 * 9 * length * 4 * 2), "a few times heads x text rows x tokens in float32"
 
 
 def test_the_first_stage_keeps_in_a_run_what_the_objective_says(checkpoint, model, reader):
@@ -551,7 +575,7 @@ def test_two_ray_actors_one_of_them_killed_make_what_one_process_does(tmp_path):
         time.sleep(0.2)
         if len(list(folder.glob("part-*.safetensors"))) >= 1:
             workers = psutil.Process(many.pid).children(recursive=True)
-            for worker in [each for each in workers if each.name().startswith("ray::")][:1]:
+            for worker in [each for each in workers if each.name().startswith("ray::MapWorker")][:1]:
                 worker.kill()
                 killed += 1
     output, errors = many.communicate(timeout=500)

@@ -142,9 +142,11 @@ def _print(calibration: Calibration) -> None:
         )
     console.print(table)
     about = calibration.provenance
+    by_stages = ", ".join(f"{number}: {kept:.1%}" for number, kept in calibration.by_stages.items())
     lines = [
         f"{about['samples']} samples ({about['skipped']} skipped). Kept mass: share of the unpruned model's "
         "text-to-vision attention that is paid to tokens which are still there; 95 % intervals over samples.",
+        f"Kept mass of the best by number of stages at most: {by_stages}.",
         *(f"skipped: {reason}" for reason in calibration.skipped[:5]),
     ]
     for line in lines:

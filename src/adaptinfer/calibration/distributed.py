@@ -103,8 +103,8 @@ def record_with_ray(job: Job, actors: int, progress: Callable[[str], None]) -> t
         InputError: without the extra ``ray``, or as `record`.
     """
     try:
-        import ray
-        import ray.data
+        import ray  # pyright: ignore[reportMissingImports]
+        import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise InputError("--ray needs the extra: pip install 'adaptinfer[ray]'") from None
     source = job.source()

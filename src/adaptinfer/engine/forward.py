@@ -99,6 +99,7 @@ class Forward:
         self.owner = owner
         self.past, self.length, self.layout = past, length, layout
         self.records: list[StageRecord] = []
+        self._met: set[int] = set()
         self.cache: Any = None
         self.segment: Segment | None = None
         self.upcoming: Segment | None = None
@@ -121,7 +122,7 @@ class Forward:
 
     def check_stages(self) -> None:
         """Raise unless every stage was met: a layer whose attention went another way would go on unpruned."""
-        missed = set(self._stages) - {record.layer for record in self.records}
+        missed = set(self._stages) - self._met
         if missed:
             raise UnsupportedError(
                 f"layers {sorted(missed)} were to prune, but their attention did not pass through transformers' "
@@ -182,6 +183,9 @@ class Forward:
             all_heads=self._family.heads,
         )
         score = self._pruner.score(view)
+        self._met.add(layer)
+        if keeps == self._counts:  # an observer's stage: no segment, and so no gathers and no masks of its own
+            return used, visible
         candidates = torch.ones_like(vision_index, dtype=torch.bool) if vision_mask is None else vision_mask
         k = keeps[0] if min(keeps) == max(keeps) else torch.tensor(keeps).to(device, non_blocking=True)[:, None]
         kept_vision = torch.zeros_like(vision).scatter(1, vision_index, top_k_mask(score, candidates, k))
