@@ -328,10 +328,10 @@ def _sizes_table(results: list[dict[str, Any]]) -> str:
         "draws",
         "kept mass, %",
         "below all, points",
-        "optimised layers",
+        "same layers: optimised",
         "shifts",
-        "published",
-        "stages",
+        "published detector",
+        "most frequent stages",
     ]
     rows = [
         [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import shutil
 import subprocess
@@ -522,6 +523,16 @@ def test_a_schedule_file_may_tell_where_it_comes_from():
     assert Schedule.from_json(json.dumps({**content, "provenance": {"model": "m"}})) == Schedule((Stage(1, 3),), 8, 9)
     with pytest.raises(ScheduleError, match="provenance: must be an object"):
         Schedule.from_json(json.dumps({**content, "provenance": "m"}))
+
+
+def test_the_documents_tables_are_those_of_the_committed_run(monkeypatch):
+    root = Path(__file__).parent.parent
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    study = importlib.import_module("calibration_study")
+    document = (root / "docs/calibration.md").read_text(encoding="utf-8")
+    for part, table in study._TABLES.items():
+        results = json.loads((root / f"benchmarks/results/calibration_study/{part}.json").read_text())["results"]
+        assert table(results) in document, part
 
 
 # ---------------------------------------------------------------------------------------------------- by many
