@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+import zoo
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -125,6 +126,28 @@ def test_thousands_of_vision_tokens_leave_no_square_behind(models):
     with Reader(model, Prepared(inputs), SCORE) as reader:
         read = largest(lambda: reader.read(0, Sample("one", (), "a question")))
     assert read <= max(vanilla, 4 * 9 * length * 4 * 2), "a few times heads x text rows x tokens in float32"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", [name for name in zoo.SETUPS if name != "granite4_vision"])
+@torch.no_grad()
+def test_every_family_is_read_and_left_as_it_is(family):
+    eager = zoo.SETUPS[family].build("eager")
+    model = eager if family == "paligemma2" else zoo.SETUPS[family].build("sdpa")  # Gemma 2 has no sdpa
+    inputs = zoo.batch(family, [zoo.simple(family)])
+    vanilla, ids = model(**inputs).logits, inputs["input_ids"][0]
+    with Reader(model, Prepared(inputs), SCORE) as reader:
+        assert torch.equal(model(**inputs).logits, vanilla)
+        reading = reader.read(0, Sample("one", (), "a question"))
+    vision = torch.isin(ids, torch.tensor(zoo.PLACEHOLDERS)).nonzero()[:, 0]
+    text = torch.arange(int(vision[-1]) + 1, len(ids))
+    silent = set(range(reader.shape.num_layers)) - set(reader.scoring)
+    assert not reading.mass[sorted(silent)].any() and reading.vision_tokens == len(vision)
+    rows = eager(**inputs, output_attentions=True).attentions
+    if rows and len(rows) == reader.shape.num_layers:  # a hybrid's list has gaps
+        for layer in reader.scoring:
+            paid = rows[layer][0][:, text][..., vision].mean(dim=(0, 1)).numpy()
+            assert reading.mass[layer] == pytest.approx(paid, abs=2e-6)
 
 
 def test_the_first_stage_keeps_in_a_run_what_the_objective_says(checkpoint, model, reader):

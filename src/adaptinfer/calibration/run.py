@@ -30,6 +30,7 @@ __all__ = ["Budget", "analyse", "calibrate", "content_of", "record"]
 
 _Way = tuple[str, tuple[int, ...], Schedule | None]  # name, layers that a detector found, schedule
 _SHARES = (0.04, 0.06, 0.08, 0.11, 0.16, 0.22, 0.33, 0.5, 0.75)  # of the vision tokens, in the picture
+_SCENES = 256  # taken when nothing is said: there are millions
 _MOST_DETECTED = 3  # the published proportions of keeps are for so many stages
 
 
@@ -109,7 +110,8 @@ def calibrate(
     wanted = Budget(budget, flops)
     source: Source
     if isinstance(samples, str):
-        source, count = open_source(samples, seed), count or 256
+        source = open_source(samples, seed)
+        count = count or (_SCENES if samples.partition(":")[0] == "scenes" else None)
     else:
         source = samples if hasattr(samples, "identity") else ListSource(samples)  # pyright: ignore
     count = min(count or len(source), len(source))
