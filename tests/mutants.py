@@ -570,6 +570,55 @@ MUTANTS = [
         "            received += view.to_vision(attention).sum(dim=(1, 2))",
         "tests/test_methods_inside.py::test_it_keeps_what_its_formula_says",
     ),
+    Mutant(
+        "calibration: a stage chooses among tokens that the stage before dropped",
+        "calibration/objective.py",
+        "        rank = np.where(alive, self._rank[rows, layer], width)",
+        "        rank = self._rank[rows, layer]",
+        "tests/test_calibration_optimise.py::test_kept_mass_follows_every_token",
+    ),
+    Mutant(
+        "calibration: the programme forgets what the pruning layer itself costs on its way back",
+        "calibration/optimise.py",
+        "            spent -= self._units(before, k)\n",
+        "",
+        "tests/test_calibration_optimise.py::test_the_programme_is_brute_force",
+    ),
+    Mutant(
+        "calibration: the first of equal gains is taken, not the last as in ruptures",
+        "calibration/detect.py",
+        "    return depth - 2 - np.argmax(gain[..., ::-1], axis=-1) - 1",
+        "    return np.argmax(gain, axis=-1) + 1",
+        "tests/test_calibration_detect.py::test_attention_in_layer_0_is_invisible",
+    ),
+    Mutant(
+        "calibration: a shift before layer 1 is not looked for",
+        "calibration/shifts.py",
+        "            if start:\n",
+        "            if True:\n",
+        "tests/test_calibration_detect.py::test_planted_shifts_are_found_layer_0_included",
+    ),
+    Mutant(
+        "calibration: a part of fewer samples passes for one of more",
+        "calibration/store.py",
+        '(header.get("about"), header.get("stop")) == (self._digest, part.stop)',
+        'header.get("about") == self._digest',
+        "tests/test_calibration.py::test_a_damaged_part_and_one_of_fewer_samples_are_read_again",
+    ),
+    Mutant(
+        "calibration: attention is summed over text rows, so long questions weigh more",
+        "calibration/record.py",
+        "(view.all_heads * view.text_index.shape[1])",
+        "view.all_heads",
+        "tests/test_calibration.py::test_a_reading_is_what_the_models_own_attention_says",
+    ),
+    Mutant(
+        "calibration: evaluation scenes shape a schedule",
+        "calibration/scenes.py",
+        '        if split != "train":',
+        "        if False:",
+        "tests/test_calibration.py::test_evaluation_scenes_are_refused",
+    ),
 ]
 
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
 import train  # pyright: ignore
 from config import PRESETS
-from data import FOLLOW_UP, IGNORED, PAIR, SINGLE, TARGETS, Lessons, patch_labels
+from data import IGNORED, PAIR, SINGLE, TARGETS, Lessons, patch_labels
 from language import train_language
 from llava import build_tokenizer
 from tower import train_tower

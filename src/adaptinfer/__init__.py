@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adaptinfer.calibration.result import Calibration
+    from adaptinfer.calibration.run import calibrate
     from adaptinfer.engine.attach import Handle, attach, disabled
     from adaptinfer.engine.report import Report
     from adaptinfer.errors import AdaptInferError, InputError, UnsupportedError
@@ -59,6 +61,7 @@ __all__ = [
     "AdaptInfer",
     "AdaptInferError",
     "CDPruner",
+    "Calibration",
     "Composed",
     "Coverage",
     "DivPrune",
@@ -95,6 +98,7 @@ __all__ = [
     "VisPruner",
     "VisionZip",
     "attach",
+    "calibrate",
     "disabled",
     "from_pretrained",
     "preset",
@@ -102,6 +106,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "calibration.result": ("Calibration",),
+    "calibration.run": ("calibrate",),
     "engine.attach": ("Handle", "attach", "disabled"),
     "engine.report": ("Report",),
     "errors": ("AdaptInferError", "InputError", "UnsupportedError"),

@@ -42,6 +42,7 @@ __all__ = [
     "Prompt",
     "ask",
     "check_question",
+    "processed",
 ]
 
 EMBEDDED = "embedded"
@@ -161,7 +162,7 @@ class Checkpoint:
             if token and token in question:
                 raise InputError(f"question: must not contain {token!r}, which stands for a picture in this model")
         try:
-            inputs = dict(_processed(processor, [picture.image for picture in pictures], question))
+            inputs = dict(processed(processor, [picture.image for picture in pictures], question))
         except (ValueError, IndexError, RuntimeError) as error:
             raise InputError(
                 f"model {self.name!r}: its processor refuses this prompt ({_first_line(error)})"
@@ -307,7 +308,8 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
-def _processed(processor: Any, images: list[Image.Image], question: str) -> Any:
+def processed(processor: Any, images: list[Image.Image], question: str) -> Any:
+    """A question about pictures as the processor makes it for the model: its chat template, or LLaVA-1.5's prompt."""
     if getattr(processor, "chat_template", None):
         content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
         return processor.apply_chat_template(

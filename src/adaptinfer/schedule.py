@@ -404,6 +404,7 @@ def _checked_keep(path: str, keep: object) -> int | float:
 def _fields_of_document(data: Any) -> dict[str, Any]:
     """Constructor arguments from a parsed schedule file; values are left to the constructor's own checks."""
     optional = ("vision_tokens", "nominal", "name")
+    told = "provenance"  # how a schedule came about, for people: read by nobody here
     if not isinstance(data, dict):
         raise ScheduleError(f"document: must be a JSON object, not {data!r:.40}")
     if data.get("format", FORMAT) != FORMAT:
@@ -413,7 +414,9 @@ def _fields_of_document(data: Any) -> dict[str, Any]:
         raise ScheduleError(
             f"version: {version} was written by a newer adaptinfer, this one reads up to {VERSION}; upgrade adaptinfer"
         )
-    _check_keys("", data, ("format", "version", "num_layers", "stages"), optional)
+    _check_keys("", data, ("format", "version", "num_layers", "stages"), (*optional, told))
+    if not isinstance(data.get(told, {}), dict):
+        raise ScheduleError(f"{told}: must be an object, not {data[told]!r:.40}")
     if not isinstance(data["stages"], list):
         raise ScheduleError(f"stages: must be an array, not {data['stages']!r:.40}")
     stages: list[Stage] = []

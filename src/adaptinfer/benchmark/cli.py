@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 
 from adaptinfer.errors import InputError
 from adaptinfer.files import write_whole
+from adaptinfer.schedule import Schedule
 
 __all__ = ["register"]
 
@@ -75,6 +76,15 @@ def _bench(
             "--preset",
             metavar="NAME",
             help="A published schedule with the paper's positions, see 'adaptinfer presets'; several times.",
+            show_default=False,
+        ),
+    ] = None,
+    schedule_files: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--schedule",
+            metavar="FILE",
+            help="Stages and keeps from a JSON file, as 'adaptinfer calibrate' writes it; several times.",
             show_default=False,
         ),
     ] = None,
@@ -164,10 +174,11 @@ def _bench(
         from adaptinfer.benchmark.variants import check_names, check_variants, variants
 
         check_names(methods or [], presets or [])
+        from_files = [(str(file), Schedule.load(file)) for file in schedule_files or []]
         subject = Subject(shape, model, dtype, checked_device(device), attention, seed)
         picture = subject.picture(image_size)
         vision = picture.vision_tokens
-        found = variants(methods or ["adaptinfer"], budgets or [], presets or [], early_drop, vision)
+        found = variants(methods or ["adaptinfer"], budgets or [], presets or [], early_drop, vision, from_files)
         schedules = check_variants(found, subject.family, subject.shape.num_layers, vision)
         vocabulary = subject.config.get_text_config().vocab_size
 

@@ -60,23 +60,25 @@ def variants(
     presets: Sequence[str],
     early_drop: EarlyDrop,
     vision_tokens: int,
+    schedules: Sequence[tuple[str, Schedule]] = (),
 ) -> list[Variant]:
-    """Vanilla, keep-all, then every method at every budget, then the presets as the paper ran them.
+    """Vanilla, keep-all, every method at every budget, the presets as the paper ran them, and schedules from files.
 
     Args:
         methods: names in `METHODS`.
         budgets: true averages in tokens, or below 1 as shares. None at all: a third, two ninths and a ninth of the
-            vision tokens (192, 128 and 64 of 576), unless there are presets.
+            vision tokens (192, 128 and 64 of 576), unless there are presets or schedules.
         presets: names in `PRESETS`; AdaptInfer with the published schedule and positions.
         early_drop: ``"both"`` puts every pruned variant beside itself without early drop.
         vision_tokens: in the prompt.
+        schedules: by the names of their files; AdaptInfer with these stages.
 
     Raises:
         PrunerError: a budget that is no positive number.
     """
     from adaptinfer.pruners import METHODS, AdaptInfer
 
-    if not budgets and not presets:
+    if not budgets and not presets and not schedules:
         budgets = [max(1, round(share * vision_tokens)) for share in _USUAL_SHARES]
     pruned: list[tuple[str, Pruner, str | None]] = [
         (f"{method} {budget:g}", METHODS[method](budget=budget), None) for method in methods for budget in budgets
@@ -84,6 +86,7 @@ def variants(
     for name in presets:
         model, _, label = name.partition("/")
         pruned.append((name, AdaptInfer.paper(label, model), name))
+    pruned += [(name, AdaptInfer(schedule=schedule), None) for name, schedule in schedules]
 
     # A budget of all tokens is solved without a stage: hooks, masks and cache layers run, and nothing is dropped.
     found = [Variant(VANILLA), Variant(KEEP_ALL, AdaptInfer(budget=vision_tokens))]

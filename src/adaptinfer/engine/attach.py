@@ -474,6 +474,8 @@ class Handle:
     def _stages(self, layout: PromptLayout) -> dict[int, tuple[int, ...]]:
         """Vision tokens that each sample keeps behind each stage; stages at which no sample drops any are left out."""
         left = list(layout.vision_counts)
+        if self.pruner.observes:
+            return dict.fromkeys(self._family.scoring, layout.vision_counts) if any(left) else {}
         planned: dict[int, dict[int, int]] = {}
         for row, count in enumerate(layout.vision_counts):
             if count:

@@ -76,6 +76,7 @@ class Stages:
     ) -> None:
         self.past, self.length, self.layout = past, length, layout
         self.records: list[StageRecord] = []
+        self._observed: set[int] = set()
         self.cache: Any = None
         self.segment: Segment | None = None
         self.upcoming: Segment | None = None
@@ -100,7 +101,7 @@ class Stages:
 
     def check_stages(self) -> None:
         """Raise unless every stage was met: a layer whose attention went another way would go on unpruned."""
-        missed = set(self._stages) - {record.layer for record in self.records}
+        missed = set(self._stages) - self._observed - {record.layer for record in self.records}
         if missed:
             raise UnsupportedError(
                 f"layers {sorted(missed)} were to prune, but their attention did not pass through transformers' "
@@ -130,7 +131,11 @@ class Stages:
         """
         used = self._entries_in_use(layer, key.shape[2])
         view = self._view(layer, query, key[:, :, :used], mask, options)  # a static cache has room behind
-        if layer in self._behind:
+        if self._pruner.observes:  # no segment, and so no gathers and no masks of its own
+            self._pruner.score(view)
+            self._observed.add(layer)
+            self._entered = None
+        elif layer in self._behind:
             self._waiting = view
         else:
             self._select(view)

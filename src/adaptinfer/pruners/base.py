@@ -74,6 +74,8 @@ class Pruner:
     published: ClassVar[Mapping[str, Schedule]] = MappingProxyType({})
     """Schedules as published, by ``model/label``."""
     published_positions: ClassVar[Positions] = "keep"
+    observes: ClassVar[bool] = False
+    """Whether it only looks: it is asked to score in every layer that has keys of its own, and nothing is dropped."""
 
     budget: float | None = None
     schedule: Schedule | None = None

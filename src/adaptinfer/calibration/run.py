@@ -1,0 +1,299 @@
+"""Calibration in one call: record what is missing, detect, optimise."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adaptinfer.calibration.detect import LEAST_LAYERS, histogram, read_off
+from adaptinfer.calibration.objective import FlopCost, KeptMass, TokenCost
+from adaptinfer.calibration.optimise import check_budget, frontier, optimise, published_shape, with_layers
+from adaptinfer.calibration.record import Reader, describe_method, fingerprint
+from adaptinfer.calibration.result import Calibration, Candidate, FrontierPoint, interval
+from adaptinfer.calibration.samples import ListSource, Source, open_source
+from adaptinfer.calibration.shifts import detect_shifts, distances
+from adaptinfer.calibration.store import PART, Recording, about, check_skipped, digest_of, record_part
+from adaptinfer.errors import InputError
+from adaptinfer.schedule import ModelShape, Schedule, ScheduleError
+
+if TYPE_CHECKING:
+    from adaptinfer.pruners.base import Pruner
+
+__all__ = ["Budget", "analyse", "calibrate", "content_of", "record"]
+
+_Way = tuple[str, tuple[int, ...], Schedule | None]  # name, layers that a detector found, schedule
+_SHARES = (0.04, 0.06, 0.08, 0.11, 0.16, 0.22, 0.33, 0.5, 0.75)  # of the vision tokens, in the picture
+_SCENES = 256  # taken when nothing is said: there are millions
+_MOST_DETECTED = 3  # the published proportions of keeps are for so many stages
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a schedule may cost.
+
+    Attributes:
+        amount: vision tokens a layer is given on average, or below 1 a share of them; or a share of the FLOPs.
+        flops: whether it is a share of the decoder's prefill FLOPs.
+
+    Raises:
+        ScheduleError: it is no positive number, or a share of FLOPs above 1.
+    """
+
+    amount: float
+    flops: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.amount < float("inf"):
+            raise ScheduleError(f"budget: must be a positive number of tokens, or a share below 1, not {self.amount:g}")
+        if self.flops and self.amount > 1:
+            raise ScheduleError(f"budget: a share of the FLOPs lies between 0 and 1, not at {self.amount:g}")
+
+    def resolve(self, mass: KeptMass, shape: ModelShape) -> tuple[TokenCost | FlopCost, int]:
+        """The cost of a layer, and how much of it all layers may come to.
+
+        Raises:
+            ScheduleError: more tokens than there are.
+        """
+        if self.flops:
+            cost = FlopCost(shape, mass.text_tokens)
+            return cost, int(self.amount * mass.cost(cost, (), ()))
+        average = self.amount * (mass.vision_tokens if self.amount < 1 else 1)
+        if average > mass.vision_tokens:
+            raise ScheduleError(
+                f"budget: {self.amount:g} is more than the {mass.vision_tokens} vision tokens there are"
+            )
+        return TokenCost(), int(average * mass.num_layers + 1e-9)
+
+
+def calibrate(
+    model: Any,
+    processor: Any,
+    samples: Iterable[Any] | Source | str,
+    budget: float = 64,
+    *,
+    flops: bool = False,
+    stages: int | None = None,
+    count: int | None = None,
+    method: Pruner | None = None,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Calibration:
+    """Choose stages and keeps for a model from its own attention.
+
+    Args:
+        model: a loaded vision-language model without a pruner.
+        processor: the one that belongs to it.
+        samples: `Sample`, ``(image, question)`` or ``{"image": ..., "question": ...}`` each; a source; or what the
+            command's ``--data`` takes.
+        budget: true average of vision tokens a layer is given, or below 1 a share of them.
+        flops: ``budget`` is a share of the decoder's prefill FLOPs instead.
+        stages: how many at most; None lets the data choose.
+        count: samples to use; None for all, and 256 of the built-in scenes.
+        method: whose scores choose tokens; None for AdaptInfer.
+        folder: keeps the recording, so that a stopped run goes on and another budget needs no new one.
+        seed: of resampling, and of which scenes.
+        progress: told in a few words what is going on.
+
+    Raises:
+        InputError: too many samples that cannot be used, or a folder with a recording of something else.
+        ScheduleError: a budget that no schedule meets.
+        UnsupportedError: pruning does not fit the model.
+    """
+    wanted = Budget(budget, flops)
+    source: Source
+    if isinstance(samples, str):
+        source = open_source(samples, seed)
+        count = count or (_SCENES if samples.partition(":")[0] == "scenes" else None)
+    else:
+        source = samples if hasattr(samples, "identity") else ListSource(samples)  # pyright: ignore
+    count = min(count or len(source), len(source))
+    with ExitStack() as stack:
+        reader = stack.enter_context(Reader(model, processor, method or _default_method()))
+        content = content_of(reader, getattr(model.config, "name_or_path", "") or type(model).__name__, source)
+        home = Path(folder) / "recording" if folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        recording = Recording(home, content)
+        record(reader, source, recording, count, progress)
+        return analyse(recording, count, wanted, reader.shape, stages=stages, seed=seed, progress=progress)
+
+
+def content_of(reader: Reader, name: str, source: Source) -> dict[str, Any]:
+    """What a recording by this reader from this source is of."""
+    model = {
+        "name": name,
+        "dtype": str(reader.model.dtype).removeprefix("torch."),
+        "fingerprint": fingerprint(reader.model),
+    }
+    return about(reader, model, describe_method(reader.method), source.identity)
+
+
+def record(
+    reader: Reader,
+    source: Source,
+    recording: Recording,
+    count: int,
+    progress: Callable[[str], None],
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Record the parts that are missing.
+
+    Args:
+        reader: of the model.
+        source: of samples.
+        recording: where to.
+        count: samples.
+        progress: told which sample is read.
+        share: (i, n) takes every n-th part, from the i-th on.
+
+    Raises:
+        InputError: too many samples cannot be used, or the disk is full.
+    """
+    skipped, digest = [], digest_of(recording.about)
+    for part in recording.missing(count):
+        if part.start // PART % share[1] == share[0]:
+            recording.write(
+                part,
+                record_part(
+                    reader, source, part, digest, lambda index: progress(f"reading sample {index + 1} of {count}")
+                ),
+            )
+            skipped += recording.skipped_in(part)
+            check_skipped(skipped, count)
+
+
+def analyse(
+    recording: Recording,
+    count: int,
+    budget: Budget,
+    shape: ModelShape,
+    *,
+    stages: int | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Calibration:
+    """Detect shifts and choose a schedule from a recording that is there.
+
+    Args:
+        recording: of the first ``count`` samples.
+        count: samples.
+        budget: of the schedule.
+        shape: of the model's decoder.
+        stages: as in `calibrate`.
+        seed: of resampling.
+        progress: told in a few words what is going on.
+
+    Raises:
+        InputError: too many samples could not be used, or the model is too shallow.
+        ScheduleError: a budget that no schedule meets.
+    """
+    skipped = recording.skipped(count)
+    check_skipped(skipped, count)
+    layers = recording.about["model"]["scoring"]
+    if len(layers) < LEAST_LAYERS:
+        raise InputError(f"a change point needs {LEAST_LAYERS} layers with attention, the model has {len(layers)}")
+    mass = KeptMass(recording.readings(count), layers)
+    cost, total = budget.resolve(mass, shape)
+    check_budget(mass, cost, total)
+    progress("detecting shifts")
+    published_detector = histogram(recording.readings(count), layers, seed=seed)
+    found = {}
+    for kind in ("js", "rank"):
+        matrices = np.stack([distances(reading.mass[layers], kind) for reading in recording.readings(count)])
+        found[kind] = detect_shifts(matrices, layers, seed=seed)
+    progress("optimising the schedule")
+    choice, tried = optimise(mass, cost, total, stages)
+
+    most = min(stages or _MOST_DETECTED, _MOST_DETECTED)
+    shifted = [shift.layer for shift in found["js"].found[:most] if shift.layer < mass.num_layers - 1]
+    detected = {
+        "published detector": read_off(published_detector, most, mass.num_layers),
+        "attention shifts": tuple(sorted(shifted)),
+    }
+    ways: list[_Way] = [("published shape", (), published_shape(mass, cost, total))]
+    for name, at in detected.items():
+        ways.append((name, at, with_layers(mass, cost, total, at) if at else None))
+    ways.append(("optimised", (), choice.schedule))
+    progress("kept mass against budget")
+    low, high = np.quantile(mass.by_layer, (0.1, 0.9), axis=0)
+    provenance = {
+        "model": recording.about["model"],
+        "method": recording.about["method"],
+        "data": recording.about["data"],
+        "samples": len(mass),
+        "skipped": len(skipped),
+        "budget": {"flops_share" if budget.flops else "true_average": budget.amount},
+        "kept_mass": choice.kept_mass,
+        "versions": _versions(),
+    }
+    return Calibration(
+        schedule=choice.schedule,
+        candidates=tuple(_candidates(mass, ways, seed)),
+        by_stages={number: each.kept_mass for number, each in tried.items()},
+        mass_by_layer=np.stack([low, mass.by_layer.mean(axis=0), high]),
+        histogram=published_detector,
+        shifts=found["js"],
+        rank_shifts=found["rank"],
+        frontier=tuple(_frontier(mass, stages or _MOST_DETECTED)),
+        provenance=provenance,
+        skipped=tuple(each.reason for each in skipped),
+    )
+
+
+def _candidates(mass: KeptMass, ways: Sequence[_Way], seed: int) -> Iterator[Candidate]:
+    """How each did; gains are over the first, the published shape."""
+    kept = {name: mass.of(schedule) for name, _, schedule in ways if schedule is not None}
+    published = kept.get(ways[0][0])
+    for name, layers, schedule in ways:
+        if name not in kept:
+            yield Candidate(name, None, layers)
+            continue
+        gain = kept[name] - (0 if published is None else published)
+        yield Candidate(
+            name,
+            schedule,
+            layers,
+            float(kept[name].mean()),
+            *interval(kept[name], seed),
+            float(gain.mean()),
+            *interval(gain, seed),
+        )
+
+
+def _frontier(mass: KeptMass, stages: int) -> Iterator[FrontierPoint]:
+    """Points at true averages that the model can meet."""
+    cost = TokenCost()
+    averages = [share * mass.vision_tokens for share in _SHARES]
+    budgets = [int(average * mass.num_layers) for average in averages]
+    least = mass.cost(cost, mass.possible[:1], [0])
+    budgets = [budget for budget in budgets if budget >= least]
+    for budget, best in zip(budgets, frontier(mass, cost, budgets, stages), strict=True):
+        published = published_shape(mass, cost, budget)
+        kept = None if published is None else float(mass.of(published).mean())
+        yield FrontierPoint(budget / mass.num_layers, kept, best.kept_mass)
+
+
+def _default_method() -> Pruner:
+    from adaptinfer.pruners import AdaptInfer
+
+    return AdaptInfer(budget=0.5)  # of which only the score is used
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import transformers
+
+    from adaptinfer import __version__
+
+    return {
+        "adaptinfer": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

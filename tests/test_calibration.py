@@ -1,0 +1,620 @@
+"""`adaptinfer calibrate`: what is recorded, what a kill costs, what is refused, and runs as a user makes them."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+import zoo
+from PIL import Image
+from typer.testing import CliRunner
+
+import adaptinfer
+from adaptinfer import AdaptInfer, AdaptInferError, InputError, Schedule, ScheduleError, Stage, attach
+from adaptinfer.ask import Checkpoint
+from adaptinfer.calibration import run as running
+from adaptinfer.calibration import store
+from adaptinfer.calibration.objective import KeptMass
+from adaptinfer.calibration.record import Reader, fingerprint
+from adaptinfer.calibration.run import Budget, content_of, record
+from adaptinfer.calibration.samples import DataSetSource, FolderSource, ListSource, Sample, open_source
+from adaptinfer.calibration.store import PART, Recording, check_skipped, record_part
+from adaptinfer.cli import app
+from adaptinfer.functional import text_guided_score
+
+SCORE = AdaptInfer(budget=0.5)
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return Checkpoint("embedded", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return checkpoint.load()
+
+
+@pytest.fixture
+def reader(checkpoint, model):
+    with Reader(model, checkpoint.processor, SCORE) as made:
+        yield made
+
+
+def quiet(_: str) -> None:
+    """No progress."""
+
+
+# ---------------------------------------------------------------------------------------------------- readings
+
+
+class Prepared:
+    """A processor that has the inputs ready."""
+
+    image_token = "<image>"
+
+    def __init__(self, inputs) -> None:
+        self.inputs = inputs
+
+    def __call__(self, **_):
+        return self.inputs
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_reading_is_what_the_models_own_attention_says(models, family, attention):
+    inputs = tiny.batch(family, [tiny.simple(family, images=2, after=6)])
+    with torch.no_grad():
+        whole = models(family, "eager")(**inputs, output_attentions=True).attentions
+    model = models(family, attention)
+    sample = Sample("one", (), "a question")
+    with Reader(model, Prepared(inputs), AdaptInfer(budget=0.5, prior_weight=0.7)) as reader:
+        reading = reader.read(4, sample)
+    ids = inputs["input_ids"][0]
+    vision = (ids == tiny.IMAGE).nonzero()[:, 0]
+    text = torch.arange(int(vision[-1]) + 1, len(ids))
+    assert reading.index == 4 and reading.text_tokens == len(ids) - len(vision)
+    for layer, rows in enumerate(whole):
+        to_vision, to_text = rows[:, :, text][..., vision], rows[:, :, text][..., text]
+        assert reading.mass[layer] == pytest.approx(to_vision[0].mean(dim=(0, 1)).numpy(), abs=1e-6)
+        score = text_guided_score(to_text, to_vision, 0.7)[0]
+        assert reading.score[layer] == pytest.approx(score.numpy(), rel=1e-3, abs=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_reading_changes_nothing(models, family, attention):
+    model = models(family, attention)
+    inputs = tiny.batch(family, [tiny.simple(family)])
+    ragged = tiny.batch(family, [tiny.simple(family, images=2, after=3), tiny.simple(family)])
+    vanilla = [model(**each).logits for each in (inputs, ragged)]
+    with Reader(model, Prepared(inputs), SCORE) as reader:
+        for each, logits in zip((inputs, ragged), vanilla, strict=True):
+            assert torch.equal(model(**each).logits, logits), "the backend stays, and nothing is dropped"
+        assert reader._handle.report.stages == ()
+        assert model.config.get_text_config()._attn_implementation == attention
+        reader.read(0, Sample("one", (), "a question"))
+        assert reader._observer.seen == [], "nothing stays in memory"
+    assert torch.equal(model(**inputs).logits, vanilla[0])
+
+
+@torch.no_grad()
+def test_thousands_of_vision_tokens_leave_no_square_behind(models):
+    """Nothing of the size of tokens x tokens is made beside what vanilla makes."""
+    model = models("qwen2_5_vl")
+    inputs = tiny.batch("qwen2_5_vl", [tiny.simple("qwen2_5_vl", grid=(1, 80, 80))])
+    length = inputs["input_ids"].shape[1]
+    assert length > 1600
+
+    def largest(run) -> int:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            run()
+        return max(event.self_cpu_memory_usage for event in profile.events())
+
+    vanilla = largest(lambda: model.base_model(**inputs, use_cache=False))
+    with Reader(model, Prepared(inputs), SCORE) as reader:
+        read = largest(lambda: reader.read(0, Sample("one", (), "a question")))
+    assert read <= max(vanilla, 4 * 9 * length * 4 * 2), "a few times heads x text rows x tokens in float32"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", [name for name in zoo.SETUPS if name != "granite4_vision"])
+@torch.no_grad()
+def test_every_family_is_read_and_left_as_it_is(family):
+    eager = zoo.SETUPS[family].build("eager")
+    model = eager if family == "paligemma2" else zoo.SETUPS[family].build("sdpa")  # Gemma 2 has no sdpa
+    inputs = zoo.batch(family, [zoo.simple(family)])
+    vanilla, ids = model(**inputs).logits, inputs["input_ids"][0]
+    with Reader(model, Prepared(inputs), SCORE) as reader:
+        assert torch.equal(model(**inputs).logits, vanilla)
+        reading = reader.read(0, Sample("one", (), "a question"))
+    vision = torch.isin(ids, torch.tensor(zoo.PLACEHOLDERS)).nonzero()[:, 0]
+    text = torch.arange(int(vision[-1]) + 1, len(ids))
+    silent = set(range(reader.shape.num_layers)) - set(reader.scoring)
+    assert not reading.mass[sorted(silent)].any() and reading.vision_tokens == len(vision)
+    rows = eager(**inputs, output_attentions=True).attentions
+    if rows and len(rows) == reader.shape.num_layers:  # a hybrid's list has gaps
+        for layer in reader.scoring:
+            paid = rows[layer][0][:, text][..., vision].mean(dim=(0, 1)).numpy()
+            assert reading.mass[layer] == pytest.approx(paid, abs=2e-6)
+
+
+def test_the_first_stage_keeps_in_a_run_what_the_objective_says(checkpoint, model, reader):
+    """Later stages score what is left in a pruned model; the first scores just what was recorded."""
+    source = open_source("scenes")
+    made = [reader.read(index, source[index]) for index in range(3)]
+    reader._handle.detach()
+    mass = KeptMass(made, range(12))
+    for row, reading in enumerate(made):
+        inputs = reader._inputs(source[row])
+        with torch.no_grad(), attach(model, AdaptInfer(schedule=Schedule((Stage(2, 9),), 12))) as handle:
+            model(**inputs)
+        first = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero()[0, 0])
+        kept = handle.report.kept[0][0].numpy() - first
+        behind = reading.mass[3:, kept].sum() + reading.mass[:3].sum()
+        schedule = Schedule((Stage(2, 9),), 12, 64)
+        assert mass.of(schedule)[row] == pytest.approx(behind / reading.mass.sum(), abs=1e-6)
+
+
+def test_a_fingerprint_tells_models_apart(models):
+    model = models("llava")
+    before = fingerprint(model)
+    assert fingerprint(tiny.llava()) == before
+    assert fingerprint(tiny.llava(seed=1)) != before
+    assert fingerprint(tiny.llava(text="qwen2")) != before
+
+
+def test_a_pruner_in_the_way_is_refused(checkpoint, model):
+    with SCORE(model), pytest.raises(AdaptInferError, match="attached to this model already"):
+        Reader(model, checkpoint.processor, SCORE)
+
+
+# ---------------------------------------------------------------------------------------------------- on disk
+
+
+class Source:
+    """Drawn scenes; some cannot be used, and one can end the run."""
+
+    def __init__(self, bad=(), kill_at=None) -> None:
+        self.identity = {"scenes": "of the test"}
+        self.scenes, self.bad, self.kill_at, self.asked = open_source("scenes"), bad, kill_at, []
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == self.kill_at:
+            raise KeyboardInterrupt
+        self.asked.append(index)
+        if index in self.bad:
+            raise InputError(f"sample {index} is bad")
+        return self.scenes[index]
+
+
+def parts(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, checkpoint, model):
+    """A recording of 20 samples made in one go."""
+    source = Source()
+    with Reader(model, checkpoint.processor, SCORE) as reader:
+        recording = Recording(tmp_path_factory.mktemp("made"), content_of(reader, "embedded", source))
+        record(reader, source, recording, 20, quiet)
+    return recording
+
+
+@pytest.fixture
+def whole(tmp_path, made):
+    """The same, to be broken."""
+    return Recording(Path(shutil.copytree(made.folder, tmp_path / "whole")), made.about)
+
+
+def test_a_recording_is_read_back(whole, reader):
+    readings = list(whole.readings(20))
+    assert [reading.index for reading in readings] == list(range(20))
+    again = reader.read(13, Source()[13])
+    assert (again.mass == readings[13].mass).all() and (again.score == readings[13].score).all()
+    assert (again.id, again.kind, again.text_tokens) == (readings[13].id, readings[13].kind, readings[13].text_tokens)
+    assert whole.missing(20) == [] and whole.skipped(20) == []
+    assert not list(whole.folder.glob("*.part"))
+
+
+def test_a_kill_costs_the_part_in_hand_and_nothing_counts_twice(tmp_path, reader, whole):
+    killed = Source(kill_at=PART + 3)
+    recording = Recording(tmp_path / "killed", content_of(reader, "embedded", killed))
+    with pytest.raises(KeyboardInterrupt):
+        record(reader, killed, recording, 20, quiet)
+    assert killed.asked == list(range(PART + 3))
+    with pytest.raises(InputError, match="missing or damaged"):
+        list(recording.readings(20))
+    resumed = Source()
+    again = Recording(tmp_path / "killed", content_of(reader, "embedded", resumed))
+    record(reader, resumed, again, 20, quiet)
+    assert resumed.asked == list(range(PART, 20))
+    assert parts(again.folder) == parts(whole.folder)
+
+
+def test_a_damaged_part_and_one_of_fewer_samples_are_read_again(reader, whole):
+    before = parts(whole.folder)
+    first, last = whole.folder / "part-000000.safetensors", whole.folder / "part-000002.safetensors"
+    first.write_bytes(first.read_bytes()[:-100])
+    assert [part.start for part in whole.missing(20)] == [0]
+    source = Source()
+    record(reader, source, whole, 20, quiet)
+    assert source.asked == list(range(PART)) and parts(whole.folder) == before
+    assert whole.missing(18) == [range(16, 18)] and whole.missing(23) == [range(16, 23)]
+    record(reader, source, whole, 23, quiet)
+    assert len(list(whole.readings(23))) == 23 and last.read_bytes() != before[last.name]
+
+
+def test_shares_of_several_processes_make_the_same_recording(tmp_path, reader, whole):
+    sources = Source(), Source()
+    for number, source in enumerate(sources):
+        recording = Recording(tmp_path / "shared", content_of(reader, "embedded", source))
+        record(reader, source, recording, 20, quiet, share=(number, 2))
+    assert sorted(sources[0].asked + sources[1].asked) == list(range(20))
+    assert parts(tmp_path / "shared") == parts(whole.folder)
+
+
+def test_a_recording_of_something_else_is_refused(whole, reader):
+    content = whole.about
+    other = {**content, "model": {**content["model"], "fingerprint": "0"}}
+    with pytest.raises(InputError, match=r"holds a recording of another model \(embedded\); take another folder"):
+        Recording(whole.folder, other)
+    with pytest.raises(InputError, match="other data"):
+        Recording(whole.folder, {**content, "data": {"scenes": "others"}})
+    with pytest.raises(InputError, match="another method's scores"):
+        Recording(whole.folder, {**content, "method": {"name": "random"}})
+    with pytest.raises(InputError, match="another version of adaptinfer"):
+        Recording(whole.folder, {**content, "version": 2})
+    Recording(whole.folder, {**content, "model": {**content["model"], "name": "moved"}})
+    stray = whole.folder / "part-000001.safetensors"
+    stray.write_bytes(record_part(reader, Source(), range(8, 16), store.digest_of(other)))
+    assert whole.missing(20) == [range(8, 16)], "a part of another recording is none of this one"
+    (whole.folder / "recording.json").write_text("{}")
+    with pytest.raises(InputError, match="no description of a recording"):
+        Recording(whole.folder, content)
+
+
+def test_a_full_disk(whole, monkeypatch, tmp_path):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "write_whole", full)
+    with pytest.raises(InputError, match="No space left on device.*what was recorded so far is kept"):
+        whole.write(range(0, 8), b"")
+    with pytest.raises(InputError, match=r"cannot be written \(No space left"):
+        Recording(tmp_path / "new", whole.about)
+
+
+def test_bad_samples_are_named_skipped_and_counted(tmp_path, reader):
+    source = Source(bad=(3, 17))
+    recording = Recording(tmp_path / "r", content_of(reader, "embedded", source))
+    record(reader, source, recording, 24, quiet)
+    assert [each.index for each in recording.skipped(24)] == [3, 17]
+    assert [reading.index for reading in recording.readings(24)] == [*range(3), *range(4, 17), *range(18, 24)]
+
+
+def test_too_many_bad_samples_end_the_run(tmp_path, reader):
+    source = Source(bad=(1, 2, 4))
+    recording = Recording(tmp_path / "r", content_of(reader, "embedded", source))
+    with pytest.raises(InputError, match="3 of 24 samples cannot be used, more than 10%: sample 1 is bad; sample 2"):
+        record(reader, source, recording, 24, quiet)
+    assert max(source.asked) < PART, "at once, and not after all of them"
+    check_skipped([], 0)
+
+
+# ---------------------------------------------------------------------------------------------------- samples
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Pictures and questions, some of them of no use."""
+    home = tmp_path / "data"
+    home.mkdir()
+    for name in ("a.png", "b.jpg"):
+        Image.new("RGB", (40, 30), "red").save(home / name)
+    (home / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    rows = [
+        {"image": "a.png", "question": "What colour is it?", "kind": "colour"},
+        {"images": ["a.png", "b.jpg"], "text": " Which is larger? "},
+        {"image": "broken.png", "question": "What is this?"},
+        {"image": "a.png", "question": "  "},
+        {"image": "none.png", "question": "Where?"},
+        {"question": "What?"},
+    ]
+    lines = [json.dumps(row) for row in rows]
+    (home / "questions.jsonl").write_text("\n\n".join([*lines, "{not json", "[1]"]) + "\n")
+    return home
+
+
+def test_a_folder_of_pictures_with_questions(folder):
+    source = open_source(str(folder))
+    assert isinstance(source, FolderSource) and len(source) == 8
+    assert source[0].question == "What colour is it?" and source[0].kind == "colour"
+    assert source[1].question == "Which is larger?" and [image.size for image in source[1].images] == [(40, 30)] * 2
+    for index, message in {
+        2: "questions.jsonl line 5: .*is not a picture|damaged",
+        3: "line 7: no question",
+        4: "line 9: .*no such file",
+        5: "line 11: no image",
+        6: "line 13: not JSON",
+        7: "line 15: not a JSON object",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            source[index]
+    assert open_source(str(folder / "questions.jsonl")).identity == source.identity
+    (folder / "more.jsonl").write_text("")
+    with pytest.raises(InputError, match="must hold one .jsonl file of questions, and holds more.jsonl, questions"):
+        open_source(str(folder))
+    with pytest.raises(InputError, match="holds no questions"):
+        open_source(str(folder / "more.jsonl"))
+    with pytest.raises(InputError, match="no such folder; give a folder with a JSONL file"):
+        open_source(str(folder / "nowhere"))
+
+
+def test_evaluation_scenes_are_refused():
+    assert open_source("scenes").identity == open_source("scenes:train").identity
+    for split in ("test", "validation", "x"):
+        with pytest.raises(InputError, match="evaluation scenes are refused"):
+            open_source(f"scenes:{split}")
+    drawn = [open_source("scenes")[index] for index in range(4)]
+    again = open_source("scenes")[3]
+    assert (again.id, again.question) == (drawn[3].id, drawn[3].question)
+    assert len({sample.id for sample in drawn}) == 4 and open_source("scenes", seed=1)[0].id != drawn[0].id
+
+
+def test_samples_given_in_python():
+    picture = Image.new("RGB", (8, 8))
+    given = [Sample("x", (picture,), "Q?"), (picture, "Q?"), {"images": [picture] * 2, "question": "Q?"}, (picture, "")]
+    source = ListSource(given)
+    assert [len(source[index].images) for index in range(3)] == [1, 1, 2]
+    with pytest.raises(InputError, match="sample 3: no question"):
+        source[3]
+    same = ListSource([(Image.new("RGB", (8, 8)), "Q?")]).identity
+    assert same == ListSource([(picture, "Q?")]).identity != ListSource([(picture, "R?")]).identity
+    with pytest.raises(InputError, match="there are none"):
+        ListSource([])
+    with pytest.raises(InputError, match="must be a Sample"):
+        ListSource([3])[0]
+
+
+def test_a_data_set_needs_its_columns():
+    class Rows(list):
+        column_names = ("image", "question")
+
+    picture = Image.new("L", (8, 8))
+    source = DataSetSource(Rows([{"image": picture, "question": "Q?", "kind": None}]), {})
+    assert source[0].images[0].mode == "RGB" and source[0].kind == ""
+    with pytest.raises(InputError, match="row 5: cannot be read"):
+        source[5]
+    with pytest.raises(InputError, match="there are image, label"):
+        DataSetSource(SimpleNamespace(column_names=["image", "label"]), {})
+
+
+def test_hugging_face_data_sets_name_their_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"pip install 'adaptinfer\[datasets\]'"):
+        open_source("hf:some/where")
+
+
+def test_questions_that_the_model_cannot_take(reader):
+    picture = Image.new("RGB", (64, 64))
+    with pytest.raises(InputError, match="is empty"):
+        reader.read(0, Sample("x", (picture,), "  "))
+    with pytest.raises(InputError, match="x: the question holds '<image>'"):
+        reader.read(0, Sample("x", (picture,), "What is <image>?"))
+
+
+def test_no_text_after_the_image(models):
+    ids = tiny.llava_image(tiny.words(tiny.Prompt(), 5, 0), 1)
+    prepared = Prepared(tiny.batch("llava", [ids]))
+    message = "x: no text after the last image"
+    with Reader(models("llava"), prepared, SCORE) as reader, pytest.raises(InputError, match=message):
+        reader.read(0, Sample("x", (), "before it"))
+
+
+# ---------------------------------------------------------------------------------------------------- in one call
+
+
+def test_calibrate_in_python(checkpoint, model, tmp_path):
+    picture = [open_source("scenes")[index].images[0] for index in range(2)]
+    samples = [(picture[0], "Is there a red star?"), (picture[1], "How many circles are there?")] * 5
+    made = adaptinfer.calibrate(model, checkpoint.processor, samples, budget=0.25, stages=2)
+    assert isinstance(made, adaptinfer.Calibration) and made.schedule.true_average() <= 16
+    assert made.provenance["samples"] == 10 and made.chosen.schedule is made.schedule
+    assert [each.name for each in made.candidates] == [
+        "published shape",
+        "published detector",
+        "attention shifts",
+        "optimised",
+    ]
+    assert made.chosen.low <= made.chosen.kept_mass <= made.chosen.high
+    assert made.chosen.kept_mass >= made.candidates[0].kept_mass
+    made.plot(tmp_path / "why.svg")
+    assert (tmp_path / "why.svg").read_text().count("<path") > 50
+    with pytest.raises(InputError, match="must end in one of .png"):
+        made.plot(tmp_path / "why.gif")
+    assert not adaptinfer.engine.attach.is_attached(model)
+
+
+def test_budgets_that_make_no_sense(checkpoint, model):
+    for wrong in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ScheduleError, match="must be a positive number"):
+            Budget(wrong)
+    with pytest.raises(ScheduleError, match="lies between 0 and 1, not at 64"):
+        Budget(64, flops=True)
+    picture = Image.new("RGB", (64, 64))
+    for budget, message in ((65, "65 is more than the 64 vision tokens"), (0.01, "no schedule meets 0.5833")):
+        with pytest.raises(ScheduleError, match=message):
+            adaptinfer.calibrate(model, checkpoint.processor, [(picture, "Is there a star?")], budget=budget)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """What the command writes."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    result = invoke("calibrate", "--budget", "0.3", "--samples", 12, "-o", folder, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    return folder, result.output
+
+
+def test_the_command_writes_schedule_curves_and_plot(calibrated):
+    folder, output = calibrated
+    assert "optimised" in output and "published shape" in output and "12 samples (0 skipped)" in output
+    schedule = Schedule.load(folder / "schedule.json")
+    assert schedule.num_layers == 12 and 0.95 * 0.3 * 64 < schedule.true_average() <= 0.3 * 64
+    provenance = json.loads((folder / "schedule.json").read_text())["provenance"]
+    assert provenance["model"]["name"] == "embedded" and provenance["data"] == {"scenes": "train", "seed": 0}
+    assert provenance["samples"] == 12 and provenance["budget"] == {"true_average": 0.3}
+    assert set(provenance["versions"]) == {"adaptinfer", "python", "torch", "transformers"}
+    curves = json.loads((folder / "curves.json").read_text())
+    assert sum(curves["mass_by_layer"]["mean"]) == pytest.approx(1)
+    assert sum(curves["published_detector"]["counts"]) == 12 * 6
+    assert curves["candidates"][-1]["kept_mass"] == provenance["kept_mass"]
+    assert curves["frontier"] == sorted(curves["frontier"], key=lambda point: point["optimised"])
+    assert Image.open(folder / "calibration.png").size[0] > 1500
+
+
+def test_another_budget_needs_no_new_recording_and_the_same_makes_the_same_files(calibrated, monkeypatch):
+    folder, _ = calibrated
+    before = {name: (folder / name).read_bytes() for name in ("schedule.json", "curves.json")}
+
+    def nothing(*_):
+        raise AssertionError("was recorded again")
+
+    monkeypatch.setattr(running, "record_part", nothing)
+    flops = invoke("calibrate", "--flops", "0.5", "--samples", 12, "--stages", 1, "-o", folder, "--device", "cpu")
+    assert flops.exit_code == 0, flops.output
+    schedule = Schedule.load(folder / "schedule.json")
+    assert len(schedule.stages) == 1
+    assert invoke("calibrate", "--budget", "0.3", "--samples", 12, "-o", folder, "--device", "cpu").exit_code == 0
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+def test_ask_and_bench_take_the_schedule(calibrated):
+    file = calibrated[0] / "schedule.json"
+    asked = invoke("ask", "examples/scene.png", "What colour is the star?", "--schedule", file, "--json")
+    assert json.loads(asked.output)["schedule"]["stages"] == json.loads(file.read_text())["stages"]
+    arguments = ["bench", "--shape", "tiny", "--device", "cpu", "--rounds", 1, "--warmup", 0, "--new-tokens", 0]
+    benched = invoke(*arguments, "--schedule", file)
+    assert benched.exit_code == 0 and "schedule.json" in benched.output, benched.output
+
+
+def test_the_command_says_what_is_wrong(calibrated, tmp_path, folder, monkeypatch):
+    def refused(*arguments) -> str:
+        result = CliRunner().invoke(app, ["calibrate", *map(str, arguments)])
+        assert result.exit_code == 2, result.output
+        return " ".join(result.output.split())
+
+    here = ["-o", tmp_path / "o", "--device", "cpu"]
+    assert "give only one of them" in refused(*here, "--budget", 9, "--flops", "0.5")
+    assert "evaluation scenes are refused" in refused(*here, "--data", "scenes:test")
+    assert "6 of 8 samples cannot be used" in refused(*here, "--data", folder)
+    assert "other data" in refused("--data", "scenes", "--seed", 5, "-o", calibrated[0], "--device", "cpu")
+    assert "no schedule meets" in refused("--budget", "0.02", "--samples", 12, "-o", calibrated[0], "--device", "cpu")
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused("-o", tmp_path / "file" / "x", "--samples", 8, "--device", "cpu")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "record_part", interrupted)
+    message = refused(*here[:1], tmp_path / "i", "--samples", 8, "--device", "cpu")
+    assert "interrupted; what was recorded is in" in message and "goes on from there" in message
+
+
+def test_a_schedule_file_may_tell_where_it_comes_from():
+    content = json.loads(Schedule((Stage(1, 3),), 8, 9).to_json())
+    assert Schedule.from_json(json.dumps({**content, "provenance": {"model": "m"}})) == Schedule((Stage(1, 3),), 8, 9)
+    with pytest.raises(ScheduleError, match="provenance: must be an object"):
+        Schedule.from_json(json.dumps({**content, "provenance": "m"}))
+
+
+def test_the_documents_tables_are_those_of_the_committed_run(monkeypatch):
+    root = Path(__file__).parent.parent
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    study = importlib.import_module("calibration_study")
+    document = (root / "docs/calibration.md").read_text(encoding="utf-8")
+    for part, table in study._TABLES.items():
+        results = json.loads((root / f"benchmarks/results/calibration_study/{part}.json").read_text())["results"]
+        assert table(results) in document, part
+
+
+# ---------------------------------------------------------------------------------------------------- by many
+
+COMMAND = [sys.executable, "-m", "adaptinfer", "calibrate", "--budget", "0.3", "--samples", "20", "--device", "cpu"]
+OUTPUTS = ("schedule.json", "curves.json")
+
+
+def environment(**more):
+    import os
+
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+@pytest.mark.slow
+def test_two_launched_processes_make_what_one_does(tmp_path):
+    subprocess.run([*COMMAND, "-o", tmp_path / "one"], env=environment(), check=True, capture_output=True)
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+    subprocess.run([*launch, *COMMAND[2:], "-o", tmp_path / "two"], env=environment(), check=True, timeout=600)
+    assert parts(tmp_path / "one" / "recording") == parts(tmp_path / "two" / "recording")
+    for name in OUTPUTS:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_ray_actors_one_of_them_killed_make_what_one_process_does(tmp_path):
+    pytest.importorskip("ray.data")
+    psutil = pytest.importorskip("psutil")
+    one = [*COMMAND, "--samples", "48", "-o", tmp_path / "one"]
+    subprocess.run(one, env=environment(), check=True, capture_output=True)
+    folder = tmp_path / "ray" / "recording"
+    many = subprocess.Popen(
+        [*COMMAND, "--samples", "48", "--ray", "2", "-o", tmp_path / "ray"],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    killed = 0
+    while many.poll() is None and not killed:
+        time.sleep(0.2)
+        if len(list(folder.glob("part-*.safetensors"))) >= 1:
+            workers = psutil.Process(many.pid).children(recursive=True)
+            for worker in [each for each in workers if each.name().startswith("ray::MapWorker")][:1]:
+                worker.kill()
+                killed += 1
+    output, errors = many.communicate(timeout=500)
+    assert many.returncode == 0, errors
+    assert killed and "48 samples (0 skipped)" in output
+    assert parts(tmp_path / "one" / "recording") == parts(folder)
+    for name in OUTPUTS:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "ray" / name).read_bytes()
