@@ -23,6 +23,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from adaptinfer.benchmark.cli import register as register_bench
 from adaptinfer.errors import AdaptInferError, InputError
+from adaptinfer.evaluation.cli import register as register_eval
 from adaptinfer.schedule import PRESETS, ModelShape, Schedule, ScheduleError, preset
 
 if TYPE_CHECKING:
@@ -499,6 +500,7 @@ def _document(
 
 
 register_bench(app, _EXIT_CODES)
+register_eval(app, _EXIT_CODES)
 
 
 # ---------------------------------------------------------------------------------------------------- what there is

@@ -1,4 +1,4 @@
-"""``adaptinfer eval``: methods beside vanilla and controls at equal true budgets, with intervals that say what is proven.
+"""``adaptinfer eval``: methods beside vanilla and controls at equal true budgets, with intervals.
 
     tasks.py        what a task is: samples, turns, reference answers; tasks by name
     scenes.py       tasks made of the embedded model's drawn scenes
@@ -9,11 +9,11 @@
     subject.py      a model that answers batches of conversations and says what each prompt cost
     journal.py      one line per answer, appended whole, read back after a kill
     runner.py       every batch under every condition, in one process or several
-    ray.py          the same on Ray actors
+    scale.py        several processes of accelerate launch; on_ray.py: actors of Ray
     latency.py      time to first token and per token, apart from the answers
     statistics.py   paired bootstrap, precision and recall
     summary.py      answers to figures
-    plots.py, report.py, published.py   figures to pictures, Markdown and one HTML file
+    plots.py, report.py, published.py, tables.py    figures to pictures, Markdown, one HTML file, a terminal
     cli.py          the sub-command
     lmms.py         the plug-in for lmms-eval
 

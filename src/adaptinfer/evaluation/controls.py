@@ -57,7 +57,9 @@ class Evidence(Pruner):
         return ranking.gather(1, alive)
 
 
-def evidence_tokens(cells: Sequence[Cell], grid: tuple[int, int] | None, pictures: int, vision_tokens: int) -> list[int]:
+def evidence_tokens(
+    cells: Sequence[Cell], grid: tuple[int, int] | None, pictures: int, vision_tokens: int
+) -> list[int]:
     """Numbers of the vision tokens that show some cells.
 
     Args:
@@ -76,7 +78,7 @@ def evidence_tokens(cells: Sequence[Cell], grid: tuple[int, int] | None, picture
     scale = math.isqrt(each // (rows * columns))
     if rest or each != rows * columns * scale * scale:
         raise InputError(
-            f"evidence: a picture of this model has {each} vision tokens, and the evidence is told for {rows} x {columns}"
+            f"evidence: a picture of this model has {each} vision tokens, and evidence is told for {rows} x {columns}"
         )
     return [
         picture * each + (row * scale + down) * columns * scale + column * scale + right

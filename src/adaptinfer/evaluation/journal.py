@@ -97,8 +97,8 @@ class Journal:
                     raise
         except OSError as error:
             raise InputError(
-                f"{str(self._path)!r}: cannot be written ({error.strerror}); the answers so far are whole, so mend that "
-                "and run the same command again"
+                f"{str(self._path)!r}: cannot be written ({error.strerror}); the answers so far are whole, so mend "
+                "that and run the same command again"
             ) from None
 
     def records(self) -> Iterator[Record]:
@@ -122,7 +122,8 @@ class Journal:
         def order(block: Block) -> tuple[int, int, int, int]:
             return tasks.index(block[0]), block[1], conditions.index(block[2]), block[3]
 
-        lines = [_line(self._header), *(_line(record) for block in sorted(blocks, key=order) for record in blocks[block])]
+        lines = [_line(self._header)]
+        lines += [_line(record) for block in sorted(blocks, key=order) for record in blocks[block]]
         parts = [path for path in self._files() if path.name != "answers.jsonl"]
         try:
             write_whole(self.folder / "answers.jsonl", b"".join(lines))

@@ -42,7 +42,7 @@ class JsonlTask:
     """
 
     max_new_tokens = 16
-    grid = None
+    grid: tuple[int, int] | None = None
 
     def __init__(self, path: str, metric: str) -> None:
         self._path, self.metric = Path(path), metric
@@ -110,7 +110,7 @@ def _texts(entry: dict[str, Any], one: str, many: str, refuse: Any) -> tuple[str
         raise refuse(f"give exactly one of {one} and {many}")
     value = entry.get(one, entry.get(many))
     values = value if many in entry and isinstance(value, list) else [value]
-    values = [str(each) if isinstance(each, int) and not isinstance(each, bool) else each for each in values]
-    if not values or not all(isinstance(each, str) for each in values):
+    texts = [str(each) for each in values if isinstance(each, (str, int)) and not isinstance(each, bool)]
+    if not texts or len(texts) < len(values):
         raise refuse(f"{one if one in entry else many}: must be {'text' if one in entry else 'a list of texts'}")
-    return tuple(values)
+    return tuple(texts)

@@ -21,7 +21,8 @@ RIGHT = 0.5
 """Scores from here on count as right where a count of right and wrong answers is made (flips)."""
 
 _ARTICLES = {"a", "an", "the"}
-_NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11)), strict=True))
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {word: str(number) for number, word in enumerate(_WORDS)}
 _ANLS_THRESHOLD = 0.5
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from adaptinfer.ask import Checkpoint, DType
     from adaptinfer.evaluation.journal import Journal
     from adaptinfer.evaluation.subject import Batch, Outcome
+    from adaptinfer.pruners.base import Pruner
 
 __all__ = ["Plan", "Unit", "Worker", "check_skipped", "run", "units"]
 
@@ -64,9 +65,7 @@ class Plan:
         """Its model, weights unread."""
         from adaptinfer.ask import Checkpoint
 
-        return Checkpoint(
-            self.model, trust_remote_code=self.trust_remote_code, device=self.device, dtype=self.dtype
-        )
+        return Checkpoint(self.model, trust_remote_code=self.trust_remote_code, device=self.device, dtype=self.dtype)
 
     @cached_property
     def loaded_tasks(self) -> dict[str, Task]:
@@ -141,8 +140,17 @@ def units(plan: Plan, done: set[Block]) -> list[Unit]:
     return found
 
 
-def run(plan: Plan, journal: Journal, todo: Sequence[Unit], progress: Callable[[Unit, str], None]) -> None:
+def run(plan: Plan, journal: Journal, todo: Sequence[Unit], done: Callable[[str, str], None]) -> Worker | None:
     """Answer all units in this process, each block on disk before the next begins.
+
+    Args:
+        plan: the run.
+        journal: where answers go.
+        todo: what is left of it.
+        done: told of each block's task and condition.
+
+    Returns:
+        The worker with its loaded model; None if there was nothing to do.
 
     Raises:
         InputError: too many samples of a task cannot be used, or the disk is full.
@@ -150,14 +158,19 @@ def run(plan: Plan, journal: Journal, todo: Sequence[Unit], progress: Callable[[
     worker = Worker(plan) if todo else None
     for unit in todo:
         assert worker is not None
-        for block in worker.blocks(unit, lambda name, unit=unit: progress(unit, name)):
+        for block in worker.blocks(unit):
             journal.append(block)
-        check_skipped(plan, journal.records() if worker.skipped else (), unit.task)
+            done(unit.task, block[0]["condition"])
+        if worker.skipped:
+            check_skipped(plan, journal.records(), unit.task)
+    return worker
 
 
 def check_skipped(plan: Plan, records: Any, task: str) -> None:
     """Raise InputError if more than a tenth of a task's samples cannot be used."""
-    skipped = {record["sample"]: record["skipped"] for record in records if record["task"] == task and "skipped" in record}
+    skipped = {
+        record["sample"]: record["skipped"] for record in records if record["task"] == task and "skipped" in record
+    }
     total = len(plan.loaded_samples[task])
     if len(skipped) > _MOST_SKIPPED * total:
         name, reason = next(iter(skipped.items()))
@@ -176,7 +189,7 @@ class Worker:
         self._plan, self._subject = plan, Subject(plan.checkpoint)
         self.skipped = False
 
-    def blocks(self, unit: Unit, progress: Callable[[str], None] = lambda name: None) -> Iterator[list[Record]]:
+    def blocks(self, unit: Unit) -> Iterator[list[Record]]:
         """The records of each wanted condition and seed, in the order of the plan."""
         task, size = self._plan.loaded_tasks[unit.task], self._plan.batch_of(unit.task)
         everybody = self._plan.loaded_samples[unit.task]
@@ -193,18 +206,17 @@ class Worker:
         if not usable:
             yield from ([{**record, "condition": name, "seed": seed} for record in lost] for name, seed in unit.wanted)
             return
-        progress(VANILLA)
         plain = self._batch(usable, pictures)
         vanilla = self._answer(task, usable, plain, None)
         for condition in self._plan.conditions:
             for seed in range(condition.seeds):
                 if (condition.name, seed) not in unit.wanted:
                     continue
-                progress(condition.name)
                 try:
                     outcome = vanilla
                     if condition.name != VANILLA:
-                        outcome = self._outcome(condition, seed, unit, task, usable, pictures, plain)
+                        batch, pruner = self._set_up(condition, seed, unit.batch, task, usable, pictures, plain)
+                        outcome = self._answer(task, usable, batch, pruner)
                     records = list(self._records(unit, task, usable, outcome, vanilla))
                 except AdaptInferError as error:
                     records = [
@@ -214,34 +226,50 @@ class Worker:
                     ]
                 yield [{**record, "condition": condition.name, "seed": seed} for record in [*records, *lost]]
 
-    def _outcome(
+    def first_prompt(self, task_name: str) -> Callable[[Condition], tuple[Batch, Pruner | None]]:
+        """A function that gives the first usable sample of a task, alone, as a condition sees it.
+
+        Raises:
+            InputError: no sample can be used.
+        """
+        task = self._plan.loaded_tasks[task_name]
+        for sample in self._plan.loaded_samples[task_name]:
+            pictures, unusable = self._pictures(task, [sample])
+            if not unusable:
+                plain = self._batch([sample], pictures)
+                return lambda condition: self._set_up(condition, 0, 0, task, [sample], pictures, plain)
+        raise InputError(f"task {task_name!r}: no sample can be used")
+
+    @property
+    def model(self) -> Any:
+        """The loaded model."""
+        return self._subject.model
+
+    def _set_up(
         self,
         condition: Condition,
         seed: int,
-        unit: Unit,
+        number: int,
         task: Task,
         samples: Sequence[Sample],
         pictures: dict[str, list[Image.Image]],
         plain: Batch,
-    ) -> Outcome:
+    ) -> tuple[Batch, Pruner | None]:
+        """What a condition makes of a batch: its prompts, and the pruner to be attached."""
         from adaptinfer.evaluation.controls import Evidence, evidence_tokens
 
         if condition.refusal is not None:
             raise InputError(condition.refusal)
         if condition.view is not None:
-            return self._answer(task, samples, self._changed(condition, task, samples, pictures, plain), None)
+            return self._changed(condition, task, samples, pictures, plain), None
         cells: list[list[int]] = [[] for _ in samples]
         if isinstance(condition.pruner, Evidence):
-            cells = [
-                evidence_tokens(
-                    [cell for turn in sample.turns for cell in turn.evidence], task.grid, len(pictures[sample.id]), count
-                )
-                for sample, count in zip(samples, plain.vision_tokens, strict=True)
-            ]
-        pruner = condition.pruner_for(seed, unit.batch, cells, plain.vision_tokens)
-        return self._answer(task, samples, plain, pruner)
+            for sample, found, count in zip(samples, cells, plain.vision_tokens, strict=True):
+                asked = [cell for turn in sample.turns for cell in turn.evidence]
+                found += evidence_tokens(asked, task.grid, len(pictures[sample.id]), count)
+        return plain, condition.pruner_for(seed, number, cells, plain.vision_tokens)
 
-    def _answer(self, task: Task, samples: Sequence[Sample], batch: Batch, pruner: Any) -> Outcome:
+    def _answer(self, task: Task, samples: Sequence[Sample], batch: Batch, pruner: Pruner | None) -> Outcome:
         longest = max(len(sample.turns) for sample in samples)
         # A conversation that is over repeats its last question, so that the batch stays whole; nobody reads the answer.
         later = [

@@ -44,7 +44,7 @@ class SceneTask:
 
     metric = "exact"
     max_new_tokens = 4
-    grid = (GRID, GRID)
+    grid: tuple[int, int] | None = (GRID, GRID)
 
     def __init__(self, form: str, split: str) -> None:
         if split not in SPLITS:
