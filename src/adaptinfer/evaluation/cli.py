@@ -50,9 +50,9 @@ def _eval(
         typer.Option(
             "--task",
             metavar="NAME",
-            help="scenes, scenes-turns, scenes-pair (':validation' behind it: other scenes), or a file FILE.jsonl with "
-            "pictures beside it (':exact', ':yes_no', ':vqa' or ':anls' behind it: its metric). Several times. Taken "
-            "when nothing is said: scenes.",
+            help="scenes, scenes-turns, scenes-pair, world, world-hard, world-turns, world-pair (':validation' behind "
+            "it: other scenes), or FILE.jsonl with pictures beside it (':exact', ':yes_no', ':vqa' or ':anls' behind it: "
+            "its metric). Several times. Taken when nothing is said: scenes.",
             show_default=False,
         ),
     ] = None,
@@ -82,7 +82,7 @@ def _eval(
         typer.Option(
             "--preset",
             metavar="NAME",
-            help="A published schedule, see 'adaptinfer presets'; several times.",
+            help="[METHOD:]MODEL/LABEL, a published schedule with its positions, see 'adaptinfer presets'; several times.",
             show_default=False,
         ),
     ] = None,
@@ -139,16 +139,17 @@ def _eval(
     from adaptinfer.evaluation.conditions import conditions, first_refusals
     from adaptinfer.evaluation.runner import Plan
     from adaptinfer.evaluation.scale import Ranks
+    from adaptinfer.evaluation.tasks import FORMS
     from adaptinfer.pruners import METHODS
 
     _quieten()
-    if samples is None and all(task.startswith("scenes") for task in tasks or ["scenes"]):
+    if samples is None and all(task.partition(":")[0] in FORMS for task in tasks or ["scenes"]):
         samples = 500
     chosen = list(METHODS) if methods == ["all"] else methods or ["adaptinfer"]
     found = conditions(
         chosen, budgets or [0.33, 0.11], positions or (), presets or (), pruners or (), seeds=seeds, controls=controls
     )
-    ranks = Ranks.of_environment()
+    ranks = Ranks.of_environment(device)
     if ray and ranks.count > 1:
         raise InputError("--ray: not together with accelerate launch; take one of them")
     where = ranks.device(device)
@@ -223,8 +224,8 @@ def _finish(
     from adaptinfer.evaluation.runner import Worker
     from adaptinfer.evaluation.summary import FORMAT, VERSION, finite, summarise
 
-    latency = None
-    if rounds:
+    latency = _measured_before(output, journal.hash, rounds) if rounds else None
+    if rounds and latency is None:
         latency = measure(plan, worker or Worker(plan), rounds, progress.say)
     progress.say("summary")
     document = finite(
@@ -263,6 +264,16 @@ def _finish(
         except OSError as error:
             raise InputError(f"{str(output / name)!r}: cannot be written ({error.strerror})") from None
     return document
+
+
+def _measured_before(output: Path, run: str, rounds: int) -> dict[str, Any] | None:
+    """The latency of a report of the same run, so that writing it anew measures nothing twice."""
+    try:
+        document = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+        latency = document["latency"] if document["setup"]["run"] == run else None
+        return latency if latency and latency["rounds"] == rounds else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 class _Steps:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from adaptinfer.errors import AdaptInferError, InputError
 from adaptinfer.evaluation.controls import VIEWS, Evidence
 from adaptinfer.pruners.base import Positions, Pruner, PrunerError
-from adaptinfer.schedule import ScheduleError, preset
+from adaptinfer.schedule import ScheduleError
 
 if TYPE_CHECKING:
     from adaptinfer.ask import Checkpoint
@@ -90,7 +90,7 @@ def conditions(
         methods: names in `METHODS`; the first is the one that others are compared with.
         budgets: true averages in tokens, or below 1 as shares.
         positions: none leaves a method its own; several stand side by side, as an ablation.
-        presets: published schedules with the paper's positions.
+        presets: ``[method:]model/label``, published schedules with their papers' positions.
         saved: folders or files of `Pruner.save_pretrained`.
         seeds: runs of whatever has a seed.
         controls: add `random`, `evidence` and `resized` at every budget, and blank, shuffled and wrong pictures.
@@ -100,7 +100,7 @@ def conditions(
         PrunerError: a saved pruner or a budget that makes no sense.
         ScheduleError: an unknown preset.
     """
-    from adaptinfer.pruners import METHODS, AdaptInfer, Random
+    from adaptinfer.pruners import METHODS, Random
     from adaptinfer.pruners.config import from_pretrained
 
     for method in methods:
@@ -117,15 +117,12 @@ def conditions(
     for method in methods:
         for way in positions or [None]:
             # Which tokens stay is up to chance either way, so one row of `random` is enough.
-            if method == "random" and way not in (None, positions[0]):
+            if method == "random" and way not in (None, *positions[:1]):
                 continue
             label = way if len(positions) > 1 and method != "random" else None
             settings = {} if way is None else {"positions": way}
             found += [_condition(METHODS[method], budget, settings, label, seeds) for budget in budgets]
-    for name in presets:
-        model, _, label = name.partition("/")
-        preset(name)
-        found.append(Condition(name, name, None, AdaptInfer.paper(label, model)))
+    found += [_published(name) for name in presets]
     for path in saved:
         pruner = from_pretrained(path)
         name = (path.parent if path.is_file() else path).resolve().name
@@ -177,6 +174,20 @@ def _condition(
     except AdaptInferError as error:  # this method has no such setting, or not that budget
         return Condition(name, series, budget, refusal=str(error))
     return Condition(name, series, budget, pruner, seeds=seeds if _has_seed(method) else 1)
+
+
+def _published(name: str) -> Condition:
+    """``[method:]model/label`` as its paper ran it."""
+    from adaptinfer.pruners import METHODS
+
+    method, _, schedule = name.rpartition(":")
+    model, _, label = schedule.partition("/")
+    kind = METHODS.get(method or "adaptinfer")
+    paper = getattr(kind, "paper", None)
+    if paper is None:
+        known = ", ".join(each for each in METHODS if hasattr(METHODS[each], "paper"))
+        raise InputError(f"preset {name!r}: there is no such method with published schedules; there are {known}")
+    return Condition(name, name, None, paper(label, model))
 
 
 def _has_seed(method: type[Pruner]) -> bool:

@@ -8,6 +8,7 @@ each, and `Journal.merge` makes them one, in an order that depends on nothing bu
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -52,6 +53,7 @@ class Journal:
             "config": self._config,
         }
         self._path = folder / ("answers.jsonl" if part is None else f"answers.part{part}.jsonl")
+        self._lock: Any = None
 
     @property
     def hash(self) -> str:
@@ -70,6 +72,9 @@ class Journal:
                 self._mend(path)
             if not self._path.exists():
                 write_whole(self._path, _line(self._header))
+            self._lock = _locked(self._path)
+        except BlockingIOError:
+            raise InputError(f"{str(self._path)!r}: another process is writing to it; wait for it, or end it") from None
         except OSError as error:
             raise InputError(f"folder {str(self.folder)!r}: cannot be written ({error.strerror})") from None
         return self.done()
@@ -114,10 +119,12 @@ class Journal:
         """
         blocks: dict[Block, list[Record]] = {}
         for path in self._files():
-            found: dict[Block, list[Record]] = {}
+            open_block: list[Record] = []
             for record in _entries(path)[1]:
-                found.setdefault(_block(record), []).append(record)
-            blocks |= {block: records for block, records in found.items() if block not in blocks}
+                open_block.append(record)
+                if record["left"] == 0:
+                    blocks.setdefault(_block(record), open_block)
+                    open_block = []
 
         def order(block: Block) -> tuple[int, int, int, int]:
             return tasks.index(block[0]), block[1], conditions.index(block[2]), block[3]
@@ -151,6 +158,16 @@ class Journal:
             with path.open("r+b") as file:
                 file.truncate(end)
                 _sync(file)
+
+
+def _locked(path: Path) -> Any:
+    """The file, open and ours alone for as long as the result lives; where there are no such locks, just open."""
+    file = path.open("rb")
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
 
 
 def _line(entry: dict[str, Any]) -> bytes:

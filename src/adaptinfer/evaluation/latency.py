@@ -6,13 +6,13 @@ put a time on the report's axis; `adaptinfer bench` measures with more care.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from adaptinfer.ask import DECODED_TOKENS, _timed
-from adaptinfer.benchmark.timing import order_of_round, paired_ratios
+from adaptinfer.benchmark.timing import order_of_round, paired_ratios, summarise
 from adaptinfer.errors import AdaptInferError
 from adaptinfer.evaluation.conditions import VANILLA, Condition
 
@@ -34,7 +34,7 @@ def measure(plan: Plan, worker: Worker, rounds: int, progress: Callable[[str], N
         progress: told what is going on.
 
     Returns:
-        By condition, raw values and medians; conditions that refuse are left out.
+        By condition, raw values and what they come to; conditions that refuse are left out.
     """
     task = next(iter(plan.loaded_tasks))
     prompt = worker.first_prompt(task)
@@ -60,9 +60,9 @@ def measure(plan: Plan, worker: Worker, rounds: int, progress: Callable[[str], N
         "decoded_tokens": DECODED_TOKENS,
         "conditions": {
             name: {
-                "ttft_ms": statistics.median(first[name]),
-                "ttft_speed_up": statistics.median(paired_ratios(first[VANILLA], first[name])),
-                "decode_ms_per_token": statistics.median(step[name]),
+                "ttft_ms": asdict(summarise(first[name])),
+                "ttft_speed_up": asdict(summarise(paired_ratios(first[VANILLA], first[name]))),
+                "decode_ms_per_token": asdict(summarise(step[name])),
                 "raw": {"ttft_ms": first[name], "decode_ms_per_token": step[name]},
             }
             for name in raw

@@ -27,12 +27,15 @@ _ANLS_THRESHOLD = 0.5
 
 
 def normalise(text: str) -> str:
-    """Lower case, no punctuation at the edges of words, no articles, small numbers as digits, single blanks.
+    """Lower case, no marks at the edges of words, no articles before words, small numbers as digits, single blanks.
 
-    Inner marks stay, so that ``2.5`` and ``x-ray`` are what they are.
+    Inner marks stay, so that ``2.5`` and ``x-ray`` are what they are, and so does an ``a`` that is no article, as alone
+    or before a number.
     """
-    words = (word.strip(".,;:!?\"'()[]{}`") for word in text.lower().split())
-    return " ".join(_NUMBERS.get(word, word) for word in words if word and word not in _ARTICLES)
+    words = [word for word in (word.strip(".,;:!?\"'()[]{}`") for word in text.lower().split()) if word]
+    behind = [*words[1:], "0"]
+    kept = [word for word, after in zip(words, behind, strict=True) if word not in _ARTICLES or after.isdigit()]
+    return " ".join(_NUMBERS.get(word, word) for word in kept)
 
 
 def yes_or_no(text: str) -> str | None:

@@ -39,9 +39,7 @@ def draw(task: dict[str, Any], latency: dict[str, Any] | None) -> bytes:
         ("FLOPs of the decoder's prefill, of vanilla's, %", lambda entry: 100 * entry["flops_share"]),
     ]
     if times:
-        panels.append(
-            ("time to first token, ms, one prompt", lambda entry: times.get(entry["name"], {}).get("ttft_ms"))
-        )
+        panels.append(("time to first token, ms, one prompt", lambda entry: _median_ttft(times, entry["name"])))
     figure = Figure(figsize=(4.6 * len(panels), 4.6), layout="constrained", facecolor=_PAPER)
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, (label, cost) in zip(axes, panels, strict=True):
@@ -50,7 +48,7 @@ def draw(task: dict[str, Any], latency: dict[str, Any] | None) -> bytes:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9, labelcolor=_INK)
     figure.suptitle(
-        f"{task['name']}: accuracy with 95 % intervals over {task['groups']} pictures, {task['answers']} answers",
+        f"{task['name']}: accuracy, 95 % intervals over {task['groups']} groups of pictures, {task['answers']} answers",
         color=_INK,
         fontsize=11,
     )
@@ -101,6 +99,10 @@ def _panel(axes: Axes, task: dict[str, Any], cost: Any, label: str) -> None:
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(_QUIET)
+
+
+def _median_ttft(times: dict[str, Any], name: str) -> float | None:
+    return times[name]["ttft_ms"]["median"] if name in times else None
 
 
 def _series(task: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

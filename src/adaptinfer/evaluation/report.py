@@ -239,19 +239,25 @@ def _pairs(task: dict[str, Any]) -> tuple[str, Table] | None:
 
 
 def _latency(latency: dict[str, Any]) -> list[Block]:
+    figures = {"ttft_ms": ".1f", "ttft_speed_up": ".2f", "decode_ms_per_token": ".2f"}
     rows = [
-        [name, f"{each['ttft_ms']:.1f}", f"{each['ttft_speed_up']:.2f}", f"{each['decode_ms_per_token']:.2f}"]
+        [name, *(_spread(each[figure], digits) for figure, digits in figures.items())]
         for name, each in latency["conditions"].items()
     ]
     return [
         Heading("Latency"),
         Text(
             f"Measured apart from the answers, one by one: the first prompt of {latency['task']} alone, batch "
-            f"1, medians of {latency['rounds']} rounds in which every row runs once; x is over vanilla in the same "
-            "round. TTFT: processor-ready inputs to first token. For figures to rely on, run adaptinfer bench."
+            f"1, {latency['rounds']} rounds in which every row runs once: median (quartiles). x is over vanilla in the "
+            "same round. TTFT: processor-ready inputs to first token. For figures to rely on, run adaptinfer bench."
         ),
         Table(["", "TTFT, ms", "x", "decode, ms/token"], rows),
     ]
+
+
+def _spread(summary: dict[str, float], digits: str) -> str:
+    median, lower, upper = (f"{summary[key]:{digits}}" for key in ("median", "lower_quartile", "upper_quartile"))
+    return f"{median} ({lower} to {upper})"
 
 
 def _percent(value: float | None) -> str:

@@ -1,4 +1,8 @@
-"""One run shared by several processes of ``accelerate launch``: each answers its share of batches into its own file."""
+"""One run shared by several processes: each answers its share of batches into its own file.
+
+They are those of ``accelerate launch``, which starts one a GPU, or of ``torchrun`` (accelerate itself starts several on
+CPUs through MPI only).
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,8 @@ if TYPE_CHECKING:
     from adaptinfer.evaluation.runner import Plan, Unit
 
 __all__ = ["Ranks"]
+
+_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -34,19 +40,24 @@ class Ranks:
     state: Any = None
 
     @classmethod
-    def of_environment(cls) -> Ranks:
-        """As a launcher left it in ``WORLD_SIZE``, ``RANK`` and ``LOCAL_RANK``.
+    def of_environment(cls, device: str) -> Ranks:
+        """As the launcher left it in the environment.
+
+        Args:
+            device: as it was asked for; ``"cpu"`` lets the processes talk without GPUs.
 
         Raises:
             InputError: there are several, and accelerate is not installed.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if all(os.environ.get(name, "1") == "1" for name in _WORLD_SIZES):
             return cls()
         try:
             from accelerate import PartialState
         except ImportError:
             raise InputError("several processes: needs accelerate (pip install accelerate)") from None
-        state = PartialState()
+        import torch
+
+        state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
         return cls(state.process_index, state.num_processes, state.local_process_index, state)
 
     @property

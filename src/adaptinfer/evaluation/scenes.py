@@ -17,14 +17,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-__all__ = ["FORMS", "SceneTask"]
-
-FORMS = {
-    "scenes": "single questions about one picture, four a picture",
-    "scenes-turns": "conversations of four questions about one picture",
-    "scenes-pair": "one question about one of two pictures",
-}
-"""Scene tasks by name, and what they are."""
+__all__ = ["SceneTask"]
 
 _QUESTIONS = 4  # of a scene
 _PICTURE_SIZE = 512  # pixels, as a user's picture: the processor brings it to the model's size
@@ -35,7 +28,7 @@ class SceneTask:
     """Questions about scenes of a split, in the order of seeds.
 
     Args:
-        form: a name in `FORMS`.
+        form: ``scenes``, ``scenes-turns`` or ``scenes-pair``.
         split: a name in `SPLITS`.
 
     Raises:

@@ -17,10 +17,22 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-__all__ = ["Cell", "Sample", "SampleError", "Task", "Turn", "load_task"]
+__all__ = ["FORMS", "Cell", "Sample", "SampleError", "Task", "Turn", "load_task"]
 
 Cell = tuple[int, int, int]
 """Picture, row, column of a piece of evidence, on the task's grid."""
+
+
+FORMS = {
+    "scenes": "single questions about one picture, four a picture",
+    "scenes-turns": "conversations of four questions about one picture",
+    "scenes-pair": "one question about one of two pictures",
+    "world": "single questions of every kind about one picture, four a picture",
+    "world-hard": "the same about pictures in which everything is small",
+    "world-turns": "conversations of four questions, some of which refer to the one before",
+    "world-pair": "questions that compare two pictures",
+}
+"""Tasks of drawn scenes by name, and what they are."""
 
 
 class SampleError(InputError):
@@ -91,18 +103,17 @@ def load_task(spec: str) -> Task:
     """A task by its name or file.
 
     Args:
-        spec: ``scenes``, ``scenes-turns``, ``scenes-pair``, each perhaps with ``:validation`` behind it; or the path of
-            a JSONL file, perhaps with ``:`` and the name of a metric behind it.
+        spec: a name in `FORMS`, perhaps with ``:validation`` behind it; or the path of a JSONL file, perhaps with ``:``
+            and the name of a metric behind it.
 
     Raises:
         InputError: no such task, split, metric or file, or a file that is malformed.
     """
     from adaptinfer.evaluation.jsonl import JsonlTask
-    from adaptinfer.evaluation.scenes import FORMS, SceneTask
 
     name, _, option = spec.rpartition(":") if ":" in spec else (spec, "", "")
     if name in FORMS:
-        return SceneTask(name, option or "test")
+        return _drawn(name, option or "test")
     if name.endswith(".jsonl") and option in ("", *METRICS):
         return JsonlTask(name, option or "exact")
     if spec.endswith(".jsonl"):  # a path with a colon in it
@@ -112,3 +123,13 @@ def load_task(spec: str) -> Task:
     raise InputError(
         f"task {spec!r}: there is none of that name; there are {', '.join(FORMS)}, or give a file that ends in .jsonl"
     )
+
+
+def _drawn(name: str, split: str) -> Task:
+    if name.startswith("scenes"):
+        from adaptinfer.evaluation.scenes import SceneTask
+
+        return SceneTask(name, split)
+    from adaptinfer.evaluation.world import WorldTask
+
+    return WorldTask(name, split)
