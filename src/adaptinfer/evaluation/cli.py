@@ -51,8 +51,8 @@ def _eval(
             "--task",
             metavar="NAME",
             help="scenes, scenes-turns, scenes-pair, world, world-hard, world-turns, world-pair (':validation' behind "
-            "it: other scenes), or FILE.jsonl with pictures beside it (':exact', ':yes_no', ':vqa' or ':anls' behind it: "
-            "its metric). Several times. Taken when nothing is said: scenes.",
+            "it: other scenes), or FILE.jsonl with pictures beside it (':exact', ':yes_no', ':vqa' or ':anls' behind "
+            "it: its metric). Several times. Taken when nothing is said: scenes.",
             show_default=False,
         ),
     ] = None,
@@ -82,7 +82,7 @@ def _eval(
         typer.Option(
             "--preset",
             metavar="NAME",
-            help="[METHOD:]MODEL/LABEL, a published schedule with its positions, see 'adaptinfer presets'; several times.",
+            help="[METHOD:]MODEL/LABEL, a published schedule with its positions, see 'adaptinfer presets'; several.",
             show_default=False,
         ),
     ] = None,

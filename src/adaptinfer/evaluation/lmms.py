@@ -1,8 +1,8 @@
 """The plug-in for lmms-eval: ``--model adaptinfer --model_args pretrained=...,method=adaptinfer,budget=64``.
 
 lmms-eval finds it by the entry point ``lmms_eval.models``; its tasks (GQA, MMBench, MME, POPE, ScienceQA, VQAv2,
-TextVQA, VizWiz, SEED, RefCOCO, DocVQA, videos) run unchanged. Without ``method`` the same model runs unpruned, through the same
-prompts and the same code.
+TextVQA, VizWiz, SEED, RefCOCO, DocVQA, videos) run unchanged. Without ``method`` the same model runs unpruned, through
+the same prompts and the same code.
 """
 
 from __future__ import annotations
