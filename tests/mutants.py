@@ -425,8 +425,8 @@ MUTANTS = [
     Mutant(
         "eval: half a block counts as done",
         "evaluation/journal.py",
-        "    return end, records[:open_block], header",
-        "    return end, records, header",
+        '            if entry["left"] == 0:',
+        '            if entry["left"] >= 0:',
         "tests/test_evaluation.py",
     ),
     Mutant(

@@ -47,7 +47,7 @@ class Condition:
     @property
     def is_control(self) -> bool:
         """A row that tells what the bench can show, and no method that anybody would use."""
-        return self.view is not None or self.series in ("random", Evidence.name)
+        return self.view is not None or (self.pruner is not None and self.pruner.reference == "control")
 
     def pruner_for(self, seed: int, batch: int, cells: Sequence[Sequence[int]], counts: Sequence[int]) -> Pruner | None:
         """The pruner of one batch.

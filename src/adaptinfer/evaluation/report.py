@@ -152,12 +152,11 @@ def _task(task: dict[str, Any], picture: Picture | None) -> list[Block]:
         found += [Heading("By turn", 3), Text(_TURNS), _turns(task)]
     if any(entry["yes_no"] for entry in entries):
         found += [Heading("Yes or no", 3), _yes_no(entries)]
-    pairs = _pairs(task)
-    return found + ([Heading(f"Against {pairs[0]}, at the same budget", 3), pairs[1]] if pairs else [])
+    return found + _pairs(task)
 
 
 def _main(entries: list[dict[str, Any]]) -> Table:
-    printed = {entry["name"]: published_for(entry["series"], entry["true_average_share"]) for entry in entries}
+    printed = {entry["name"]: published_for(entry["method"] or "", entry["true_average_share"]) for entry in entries}
     columns = [
         "",
         "true tokens",
@@ -170,7 +169,7 @@ def _main(entries: list[dict[str, Any]]) -> Table:
         "",
     ]
     rows = []
-    for entry in sorted(entries, key=lambda entry: entry["control"]):
+    for entry in entries:
         seeds = f", {entry['seeds']} seeds" if entry["seeds"] > 1 else ""
         cells = [
             entry["name"] + seeds,
@@ -226,16 +225,22 @@ def _yes_no(entries: list[dict[str, Any]]) -> Table:
     )
 
 
-def _pairs(task: dict[str, Any]) -> tuple[str, Table] | None:
-    """The first method against everything else of its budget."""
+def _pairs(task: dict[str, Any]) -> list[Block]:
+    """The first method against everything else of its budget, and where it loses."""
     leading = next((entry["series"] for entry in task["conditions"] if entry["pruned"]), None)
     first = {entry["name"] for entry in task["conditions"] if entry["series"] == leading}
+    pairs = [pair for pair in task["pairs"] if pair["first"] in first]
+    if not pairs:
+        return []
+    lost = [f"{pair['first']} to {pair['second']}" for pair in pairs if pair["verdict"] == "worse"]
     rows = [
-        [pair["first"], pair["second"], _interval(pair["difference"], signed=True), pair["verdict"]]
-        for pair in task["pairs"]
-        if pair["first"] in first
+        [each["first"], each["second"], _interval(each["difference"], signed=True), each["verdict"]] for each in pairs
     ]
-    return (leading, Table(["", "less", "difference, points", ""], rows)) if leading and rows else None
+    return [
+        Heading(f"{leading} against the others, at the same budget", 3),
+        Text(f"It loses: {', '.join(lost)}." if lost else "It loses to none of them by more than chance."),
+        Table(["", "less", "difference, points", ""], rows),
+    ]
 
 
 def _latency(latency: dict[str, Any]) -> list[Block]:

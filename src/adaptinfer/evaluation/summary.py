@@ -93,13 +93,22 @@ def _task(plan: Plan, name: str, records: list[Record]) -> dict[str, Any]:
             | _changes(answers[condition.name], vanilla)
         )
     entry["pairs"] = _pairs(ran, resamples, place)
+    budgets = list(dict.fromkeys(condition.budget for condition in ran if condition.budget is not None))
+    entry["conditions"].sort(key=lambda row: _order(row, budgets))
     return entry
+
+
+def _order(row: dict[str, Any], budgets: list[float]) -> tuple[bool, int, bool]:
+    """Vanilla, then budget by budget the methods before the controls, then what has no budget."""
+    at = budgets.index(row["budget"]) if row["budget"] in budgets else len(budgets)
+    return row["name"] != VANILLA, at, row["control"]
 
 
 def _described(condition: Condition) -> dict[str, Any]:
     return {
         "name": condition.name,
         "series": condition.series,
+        "method": None if condition.pruner is None else condition.pruner.name,
         "budget": condition.budget,
         "control": condition.is_control,
         "pruned": condition.pruner is not None,

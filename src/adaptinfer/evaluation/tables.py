@@ -51,7 +51,7 @@ def _table(console: Console, task: dict[str, Any]) -> Table:
     )
     for number, column in enumerate(("", "tokens", "FLOPs", "accuracy", "difference", "", "flips")):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    for entry in sorted(task["conditions"], key=lambda entry: entry["control"]):
+    for entry in task["conditions"]:
         plain = entry["name"] == VANILLA
         difference, word = entry["difference"], entry["verdict"] or ""
         table.add_row(
