@@ -45,7 +45,7 @@ def worker() -> Worker:
 def _with_plan(worker: Worker, plan: Plan) -> Worker:
     """The same loaded model at work on another plan."""
     other = object.__new__(Worker)
-    other.__dict__.update(worker.__dict__, _plan=plan, skipped=False)
+    other.__dict__.update(worker.__dict__, _plan=plan)
     return other
 
 
@@ -177,8 +177,10 @@ def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(tmp_path, monkeypatch)
     monkeypatch.setattr(Journal, "append", killed)
     stopped = _invoke(tmp_path / "resumed", *arguments)
     assert stopped.exit_code == 130 and "interrupted; 3 blocks" in " ".join(stopped.output.split())
-    monkeypatch.setattr(Journal, "append", append)
+    again = []
+    monkeypatch.setattr(Journal, "append", lambda self, block: (again.append(block), append(self, block)))
     assert _invoke(tmp_path / "resumed", *arguments).exit_code == 0
+    assert len(again) == 2 * (2 + 2) - 3  # two batches of two tasks under two conditions, three blocks of them done
     assert (tmp_path / "resumed" / ANSWERS).read_bytes() == (tmp_path / "whole" / ANSWERS).read_bytes()
     other = _invoke(tmp_path / "whole", *arguments, "--batch", "2")
     assert other.exit_code == 2 and "it differs in batch" in other.output
@@ -252,6 +254,21 @@ def test_a_method_that_refuses_while_it_runs_is_a_row_too(worker):
     assert all(record["score"] == 1 for record in vanilla)
     assert [record["refused"] for record in refused] == ["this tower has no class token"] * 2
     assert not hasattr(worker.model, "_adaptinfer_handle")
+
+
+def test_too_little_memory_ends_the_run_with_what_to_do(worker, monkeypatch):
+    def answer(*_):
+        raise torch.OutOfMemoryError("2 GiB")
+
+    monkeypatch.setattr(worker._subject, "answer", answer)
+    plan = _plan("scenes")
+    with pytest.raises(InputError, match="--batch 3: the memory of cpu does not suffice"):
+        list(_with_plan(worker, plan).blocks(units(plan, set())[0]))
+
+
+def test_a_question_with_a_picture_token_is_refused(worker):
+    with pytest.raises(InputError, match="'<image>' stands for a picture"):
+        worker._subject.batch(["What is <image>?"], [[Image.new("RGB", (8, 8))]])
 
 
 # ---------------------------------------------------------------------------------------------------- several processes

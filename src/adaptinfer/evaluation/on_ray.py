@@ -55,10 +55,11 @@ def run_on_ray(
         raise InputError("--ray: needs Ray; install the extra: pip install 'adaptinfer[ray]'") from None
     import torch
 
-    from adaptinfer.evaluation.runner import check_skipped
+    from adaptinfer.evaluation.runner import Losses
 
     if not todo:
         return
+    losses = Losses(plan, journal.records())
     started = not ray.is_initialized()
     if started:
         ray.init(log_to_driver=False, include_dashboard=False, logging_level="error", num_cpus=_cpus(actors))
@@ -76,9 +77,8 @@ def run_on_ray(
         for row in answered.iter_rows():
             for block in json.loads(row["blocks"]):
                 journal.append(block)
+                losses.add(block)
                 done(block[0]["task"], block[0]["condition"])
-                if any("skipped" in record for record in block):
-                    check_skipped(plan, journal.records(), block[0]["task"])
     finally:
         if started:
             ray.shutdown()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from adaptinfer.evaluation.subject import Batch, Outcome
     from adaptinfer.pruners.base import Pruner
 
-__all__ = ["Plan", "Unit", "Worker", "check_skipped", "run", "units"]
+__all__ = ["Losses", "Plan", "Unit", "Worker", "run", "units"]
 
 _MOST_SKIPPED = 0.1  # of a task's samples; above, something is wrong with the task and not with a sample
 _WHOLE_FILE = 64 * 2**20  # bytes; of larger weight files only name and size are looked at
@@ -155,29 +155,50 @@ def run(plan: Plan, journal: Journal, todo: Sequence[Unit], done: Callable[[str,
     Raises:
         InputError: too many samples of a task cannot be used, or the disk is full.
     """
-    worker = Worker(plan) if todo else None
+    if not todo:
+        return None
+    worker, losses = Worker(plan), Losses(plan, journal.records())
     for unit in todo:
-        assert worker is not None
         for block in worker.blocks(unit):
             journal.append(block)
+            losses.add(block)
             done(unit.task, block[0]["condition"])
-        if worker.skipped:
-            check_skipped(plan, journal.records(), unit.task)
     return worker
 
 
-def check_skipped(plan: Plan, records: Any, task: str) -> None:
-    """Raise InputError if more than a tenth of a task's samples cannot be used."""
-    skipped = {
-        record["sample"]: record["skipped"] for record in records if record["task"] == task and "skipped" in record
-    }
-    total = len(plan.loaded_samples[task])
-    if len(skipped) > _MOST_SKIPPED * total:
-        name, reason = next(iter(skipped.items()))
-        raise InputError(
-            f"task {task!r}: {len(skipped)} of {total} samples cannot be used, which is too many to leave out; "
-            f"the first is {name!r}: {reason}"
-        )
+class Losses:
+    """Samples that cannot be used, counted task by task.
+
+    Args:
+        plan: the run.
+        records: what is on disk already.
+
+    Raises:
+        InputError: more than a tenth of a task's samples is lost, here or in `add`.
+    """
+
+    def __init__(self, plan: Plan, records: Iterable[Record]) -> None:
+        self._plan = plan
+        self._lost: dict[str, dict[str, str]] = {}
+        self.add(records)
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Count what is lost among these."""
+        for record in records:
+            if "skipped" in record:
+                self._lost.setdefault(record["task"], {})[record["sample"]] = record["skipped"]
+        for task, lost in self._lost.items():
+            total = len(self._plan.loaded_samples[task])
+            if len(lost) > _MOST_SKIPPED * total:
+                name, reason = next(iter(lost.items()))
+                raise InputError(
+                    f"task {task!r}: {len(lost)} of {total} samples cannot be used, which is too many to leave out; "
+                    f"the first is {name!r}: {reason} (once they are mended, begin in another folder)"
+                )
+
+
+class _OutOfMemoryError(InputError):
+    """Nothing that a method refuses, so it ends the run."""
 
 
 class Worker:
@@ -187,7 +208,6 @@ class Worker:
         from adaptinfer.evaluation.subject import Subject
 
         self._plan, self._subject = plan, Subject(plan.checkpoint)
-        self.skipped = False
 
     def blocks(self, unit: Unit) -> Iterator[list[Record]]:
         """The records of each wanted condition and seed, in the order of the plan."""
@@ -195,7 +215,6 @@ class Worker:
         everybody = self._plan.loaded_samples[unit.task]
         samples = everybody[unit.batch * size : (unit.batch + 1) * size]
         pictures, unusable = self._pictures(task, samples)
-        self.skipped |= bool(unusable)
         usable = [sample for sample in samples if sample.id not in unusable]
         lost = [
             {**_place(unit, sample, turn), "skipped": unusable[sample.id]}
@@ -218,6 +237,8 @@ class Worker:
                         batch, pruner = self._set_up(condition, seed, unit.batch, task, usable, pictures, plain)
                         outcome = self._answer(task, usable, batch, pruner)
                     records = list(self._records(unit, task, usable, outcome, vanilla))
+                except _OutOfMemoryError:
+                    raise
                 except AdaptInferError as error:
                     records = [
                         {**_place(unit, sample, turn), "refused": str(error)}
@@ -276,7 +297,15 @@ class Worker:
             [sample.turns[min(turn, len(sample.turns) - 1)].question for turn in range(1, longest)]
             for sample in samples
         ]
-        return self._subject.answer(batch, later, task.max_new_tokens, pruner)
+        import torch
+
+        try:
+            return self._subject.answer(batch, later, task.max_new_tokens, pruner)
+        except torch.OutOfMemoryError as error:
+            raise _OutOfMemoryError(
+                f"--batch {self._plan.batch}: the memory of {self._plan.checkpoint.device} does not suffice; take a "
+                "smaller batch, in another folder"
+            ) from error
 
     def _pictures(self, task: Task, samples: Sequence[Sample]) -> tuple[dict[str, list[Image.Image]], dict[str, str]]:
         pictures, unusable = {}, {}

@@ -97,8 +97,14 @@ class Subject:
         """Prompts for the first turn of each sample.
 
         Raises:
-            InputError: the processor refuses them.
+            InputError: the processor refuses them, or a question contains what stands for a picture in this model.
         """
+        for token in filter(None, (getattr(self.processor, name, None) for name in ("image_token", "video_token"))):
+            for question in questions:
+                if token in question:
+                    raise InputError(
+                        f"question {question!r}: {token!r} stands for a picture in this model; leave it out"
+                    )
         texts = [self._first_text(text, len(shown)) for text, shown in zip(questions, pictures, strict=True)]
         images = [list(shown) for shown in pictures] if any(pictures) else None
         try:
