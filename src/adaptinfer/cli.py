@@ -24,6 +24,7 @@ from typer.core import TyperCommand, TyperGroup
 from adaptinfer.benchmark.cli import register as register_bench
 from adaptinfer.calibration.cli import register as register_calibrate
 from adaptinfer.errors import AdaptInferError, InputError
+from adaptinfer.evaluation.cli import register as register_eval
 from adaptinfer.schedule import PRESETS, ModelShape, Schedule, ScheduleError, preset
 from adaptinfer.serving.cli import register as register_serve
 
@@ -501,6 +502,7 @@ def _document(
 register_bench(app, _EXIT_CODES)
 register_serve(app, _EXIT_CODES)
 register_calibrate(app, _EXIT_CODES)
+register_eval(app, _EXIT_CODES)
 
 
 # ---------------------------------------------------------------------------------------------------- what there is

@@ -1,0 +1,122 @@
+"""Runs a published table again: every row and every task through lmms-eval, at pinned settings, and prints it.
+
+A script beside this file says which model, rows, tasks and figures. lmms-eval brings the data (from the Hugging Face
+hub, or its cache), the prompts (pinned by its version) and the metrics; our plug-in brings the pruned model.
+
+    pip install 'adaptinfer[lmms-eval]' lmms-eval==0.7.3
+    python benchmarks/tables/llava_1_5_7b.py --limit 200          # a first look
+    python benchmarks/tables/llava_1_5_7b.py                      # the whole table, resumed row by row
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+LMMS_EVAL = "0.7.3"
+"""The version whose prompts and metrics the tables are pinned to."""
+
+METRICS = {
+    "gqa": "exact_match",
+    "mme": "mme_perception_score",
+    "pope": "pope_f1_score",
+    "scienceqa_img": "exact_match",
+    "seedbench": "seed_image",
+    "textvqa_val": "exact_match",
+    "vizwiz_vqa_val": "exact_match",
+    "vqav2_val": "exact_match",
+    "docvqa_val": "anls",
+    "mmbench_en_dev": "gpt_eval_score",
+}
+"""The figure that stands for a task. MMBench's needs an API key, see lmms-eval."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    Attributes:
+        name: as it is printed.
+        arguments: of the plug-in, beside the model.
+        published: share of vanilla in percent as it stands in the paper, over its own benchmarks; None if in none.
+        true_average: vision tokens that a layer is given, by our count.
+    """
+
+    name: str
+    arguments: str = ""
+    published: float | None = None
+    true_average: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: what the paper ran, as far as it says so."""
+
+    title: str
+    model: str
+    tasks: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def run(table: Table) -> None:
+    """Run what is missing, then print. The first row is vanilla."""
+    parser = argparse.ArgumentParser(description=table.title)
+    parser.add_argument("--model", default=table.model, help="a folder in place of the hub id")
+    parser.add_argument("--tasks", nargs="*", default=table.tasks)
+    parser.add_argument("--include-path", help="folder of tasks that lmms-eval does not bring")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--limit", type=int, help="questions of each task; default: all")
+    parser.add_argument("--output", type=Path, default=Path("build/tables"))
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and leave")
+    options = parser.parse_args()
+
+    scores: dict[str, dict[str, float]] = {}
+    for row in table.rows:
+        folder = options.output / Path(options.model).name / row.name.replace(" ", "_").replace("/", "_")
+        arguments = ",".join(filter(None, [f"pretrained={options.model}", row.arguments]))
+        command = [sys.executable, "-m", "lmms_eval", "--model", "adaptinfer", "--model_args", arguments]
+        command += ["--tasks", ",".join(options.tasks), "--batch_size", str(options.batch_size)]
+        command += ["--output_path", str(folder)]
+        command += ["--limit", str(options.limit)] if options.limit else []
+        command += ["--include_path", options.include_path] if options.include_path else []
+        if options.dry_run:
+            print(shlex.join(command))
+            continue
+        if not list(folder.rglob("*_results.json")):
+            subprocess.run(command, check=True)
+        scores[row.name] = read_scores(folder, options.tasks)
+    if not options.dry_run:
+        print(shown(table, options.tasks, scores))
+
+
+def read_scores(folder: Path, tasks: list[str]) -> dict[str, float]:
+    """The figure of each task from the newest results that lmms-eval wrote below a folder."""
+    files = sorted(folder.rglob("*_results.json"))
+    if not files:
+        raise SystemExit(f"{folder}: lmms-eval left no results there")
+    results = json.loads(files[-1].read_text(encoding="utf-8"))["results"]
+    scores = {}
+    for task in tasks:
+        figures = {
+            key.partition(",")[0]: value for key, value in results[task].items() if isinstance(value, int | float)
+        }
+        wanted = METRICS.get(task) or next(key for key in figures if "stderr" not in key)
+        scores[task] = float(figures[wanted])
+    return scores
+
+
+def shown(table: Table, tasks: list[str], scores: dict[str, dict[str, float]]) -> str:
+    """The table as Markdown: scores, their mean share of vanilla's, and the paper's in a column of its own."""
+    vanilla = scores[table.rows[0].name]
+    head = ["", *tasks, "mean of vanilla, %", "true tokens", "in the paper, its own benchmarks, %"]
+    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+    for row in table.rows:
+        ours = scores[row.name]
+        share = 100 * sum(ours[task] / vanilla[task] for task in tasks) / len(tasks)
+        cells = [row.name, *(f"{ours[task]:.4g}" for task in tasks), f"{share:.1f}"]
+        cells += ["" if value is None else f"{value:g}" for value in (row.true_average, row.published)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([f"{table.title}; lmms-eval {LMMS_EVAL}", "", *lines])

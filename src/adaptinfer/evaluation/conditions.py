@@ -1,0 +1,194 @@
+"""What stands side by side in one run: vanilla, methods at true budgets, published schedules, controls, sanity rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from adaptinfer.errors import AdaptInferError, InputError
+from adaptinfer.evaluation.controls import VIEWS, Evidence
+from adaptinfer.pruners.base import Positions, Pruner, PrunerError
+from adaptinfer.schedule import ScheduleError
+
+if TYPE_CHECKING:
+    from adaptinfer.ask import Checkpoint
+
+__all__ = ["VANILLA", "Condition", "conditions", "first_refusals"]
+
+VANILLA = "vanilla"
+_SEED_STRIDE = 10_007  # a prime, so that runs and batches share no seed
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One way to answer all questions.
+
+    Attributes:
+        name: in records and tables, unique.
+        series: points of one series make a line in plots: a method, a control.
+        budget: as it was asked for; methods of one budget are compared with each other.
+        pruner: what is attached; None where nothing is pruned.
+        view: what is done to the pictures, a name in `controls.VIEWS`; None leaves them alone.
+        seeds: runs that are averaged; more than one where chance is involved.
+        refusal: why the method cannot be set up at all; then nothing is run.
+    """
+
+    name: str
+    series: str
+    budget: float | None = None
+    pruner: Pruner | None = None
+    view: str | None = None
+    seeds: int = 1
+    refusal: str | None = None
+
+    @property
+    def is_control(self) -> bool:
+        """A row that tells what the bench can show, and no method that anybody would use."""
+        return self.view is not None or (self.pruner is not None and self.pruner.reference == "control")
+
+    def pruner_for(self, seed: int, batch: int, cells: Sequence[Sequence[int]], counts: Sequence[int]) -> Pruner | None:
+        """The pruner of one batch.
+
+        Args:
+            seed: which of the runs.
+            batch: number of the batch: chance falls differently in each, or one unlucky pattern would decide.
+            cells: per sample, the vision tokens that hold evidence.
+            counts: per sample, all its vision tokens.
+        """
+        if self.pruner is None:
+            return None
+        changes: dict[str, Any] = {}
+        if _has_seed(type(self.pruner)):
+            changes["seed"] = _SEED_STRIDE * seed + batch
+        if isinstance(self.pruner, Evidence):
+            changes |= {"cells": tuple(map(tuple, cells)), "counts": tuple(counts)}
+        return dataclasses.replace(self.pruner, **changes) if changes else self.pruner
+
+    def identity(self) -> dict[str, Any]:
+        """Plain values that tell this condition from any other."""
+        settings = None
+        if self.pruner is not None:
+            settings = {field.name: repr(getattr(self.pruner, field.name)) for field in dataclasses.fields(self.pruner)}
+        return {"name": self.name, "view": self.view, "seeds": self.seeds, "budget": self.budget, "settings": settings}
+
+
+def conditions(
+    methods: Sequence[str],
+    budgets: Sequence[float],
+    positions: Sequence[str] = (),
+    presets: Sequence[str] = (),
+    saved: Sequence[Path] = (),
+    seeds: int = 3,
+    controls: bool = True,
+) -> list[Condition]:
+    """Vanilla, then every method at every budget, presets, saved pruners, and controls.
+
+    Args:
+        methods: names in `METHODS`; the first is the one that others are compared with.
+        budgets: true averages in tokens, or below 1 as shares.
+        positions: none leaves a method its own; several stand side by side, as an ablation.
+        presets: ``[method:]model/label``, published schedules with their papers' positions.
+        saved: folders or files of `Pruner.save_pretrained`.
+        seeds: runs of whatever has a seed.
+        controls: add `random`, `evidence` and `resized` at every budget, and blank, shuffled and wrong pictures.
+
+    Raises:
+        InputError: an unknown method or way of positions, or two conditions of one name.
+        PrunerError: a saved pruner or a budget that makes no sense.
+        ScheduleError: an unknown preset.
+    """
+    from adaptinfer.pruners import METHODS, Random
+    from adaptinfer.pruners.config import from_pretrained
+
+    for method in methods:
+        if method not in METHODS:
+            raise InputError(f"method: there is no method {method!r}; there are {', '.join(METHODS)}")
+    for way in positions:
+        if way not in get_args(Positions):
+            raise InputError(f"positions: must be one of {', '.join(get_args(Positions))}, not {way!r}")
+    for budget in budgets:
+        Random(budget=budget)  # raises for what is a budget for nobody
+    if controls and "random" not in methods:
+        methods = [*methods, "random"]
+    found = [Condition(VANILLA, VANILLA)]
+    for method in methods:
+        for way in positions or [None]:
+            # Which tokens stay is up to chance either way, so one row of `random` is enough.
+            if method == "random" and way not in (None, *positions[:1]):
+                continue
+            label = way if len(positions) > 1 and method != "random" else None
+            settings = {} if way is None else {"positions": way}
+            found += [_condition(METHODS[method], budget, settings, label, seeds) for budget in budgets]
+    found += [_published(name) for name in presets]
+    for path in saved:
+        pruner = from_pretrained(path)
+        name = (path.parent if path.is_file() else path).resolve().name
+        found.append(Condition(name, name, pruner.budget, pruner, seeds=seeds if _has_seed(type(pruner)) else 1))
+    if controls:
+        found += [_condition(Evidence, budget, {}, None, seeds) for budget in budgets]
+        for view, (_, budgeted) in VIEWS.items():
+            found += (
+                [Condition(f"{view} {budget:g}", view, budget, view=view) for budget in budgets]
+                if budgeted
+                else [Condition(view, view, view=view)]
+            )
+    names = [each.name for each in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"condition {name!r}: would be run twice; leave one of them out")
+    return found
+
+
+def first_refusals(found: Sequence[Condition], checkpoint: Checkpoint, vision_tokens: int) -> dict[str, str]:
+    """Conditions that cannot run on this model with such a prompt, and why; no weights are read.
+
+    Raises:
+        InputError: that is true of every method, so a run would have nothing to tell.
+    """
+    refusals = {}
+    pruned = [each for each in found if each.pruner is not None or each.refusal]
+    for each in pruned:
+        try:
+            if each.pruner is None:
+                raise PrunerError(each.refusal or "")
+            checkpoint.check(each.pruner)
+            each.pruner.plan(checkpoint.num_layers, vision_tokens, checkpoint.family.scoring).keeps(vision_tokens)
+        except AdaptInferError as error:
+            refusals[each.name] = str(error)
+    if pruned and len(refusals) == len(pruned):
+        name, reason = next(iter(refusals.items()))
+        raise ScheduleError(f"{reason} ({name}; none of the methods and budgets can run)")
+    return refusals
+
+
+def _condition(
+    method: type[Pruner], budget: float, settings: dict[str, Any], label: str | None, seeds: int
+) -> Condition:
+    series = method.name if label is None else f"{method.name} {label}"
+    name = f"{method.name} {budget:g}" if label is None else f"{method.name} {budget:g} {label}"
+    try:
+        pruner = method(budget=budget, **settings)
+    except AdaptInferError as error:  # this method has no such setting, or not that budget
+        return Condition(name, series, budget, refusal=str(error))
+    return Condition(name, series, budget, pruner, seeds=seeds if _has_seed(method) else 1)
+
+
+def _published(name: str) -> Condition:
+    """``[method:]model/label`` as its paper ran it."""
+    from adaptinfer.pruners import METHODS
+
+    method, _, schedule = name.rpartition(":")
+    model, _, label = schedule.partition("/")
+    kind = METHODS.get(method or "adaptinfer")
+    paper = getattr(kind, "paper", None)
+    if paper is None:
+        known = ", ".join(each for each in METHODS if hasattr(METHODS[each], "paper"))
+        raise InputError(f"preset {name!r}: there is no such method with published schedules; there are {known}")
+    return Condition(name, name, None, paper(label, model))
+
+
+def _has_seed(method: type[Pruner]) -> bool:
+    return any(field.name == "seed" for field in dataclasses.fields(method))

@@ -1,0 +1,132 @@
+"""Controls that only an evaluation can have: it knows where the evidence lies, and it may change the pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageStat
+
+from adaptinfer.errors import InputError
+from adaptinfer.functional import counter_uniform, marked_first
+from adaptinfer.pruners.base import Pruner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptinfer.engine.stage import StageView
+    from adaptinfer.evaluation.tasks import Cell
+
+__all__ = ["VIEWS", "Evidence", "evidence_tokens"]
+
+_TILES = 8  # along each side of a shuffled picture
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence(Pruner):
+    """Keep the tokens of what is asked about, and fill up at random: what a perfect choice of tokens would reach.
+
+    Attributes:
+        cells: per sample, numbers of its vision tokens in the order of the prompt.
+        counts: per sample, how many vision tokens it has.
+        seed: of the tokens that fill up.
+    """
+
+    name: ClassVar[str] = "evidence"
+    reference: ClassVar[str] = "control"
+
+    cells: tuple[tuple[int, ...], ...] = ()
+    counts: tuple[int, ...] = ()
+    seed: int = 0
+
+    def score(self, view: StageView) -> Tensor:
+        device, width = view.vision_index.device, max(self.counts)
+        ranking = counter_uniform(width, self.seed, 0, device).repeat(len(self.counts), 1)
+        for row, (tokens, count) in enumerate(zip(self.cells, self.counts, strict=True)):
+            ranking[row, list(tokens)] += 1
+            ranking[row, count:] = -1
+        # One ranking for all stages, so the tokens that entered this one are the best of it.
+        entered = view.vision_index.shape[1]
+        here = entered if view.vision_mask is None else view.vision_mask.sum(dim=1, keepdim=True)
+        places = ranking.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        alive = marked_first(places < here, entered)
+        return ranking.gather(1, alive)
+
+
+def evidence_tokens(
+    cells: Sequence[Cell], grid: tuple[int, int] | None, pictures: int, vision_tokens: int
+) -> list[int]:
+    """Numbers of the vision tokens that show some cells.
+
+    Args:
+        cells: of the evidence.
+        grid: rows and columns that they are told in.
+        pictures: in the prompt, each with the same number of vision tokens, laid out in rows.
+        vision_tokens: in the prompt.
+
+    Raises:
+        InputError: the task tells no evidence, or its grid is not the model's (or a coarser one that fits into it).
+    """
+    if grid is None:
+        raise InputError("evidence: this task does not say where the evidence lies")
+    rows, columns = grid
+    each, rest = divmod(vision_tokens, pictures)
+    scale = math.isqrt(each // (rows * columns))
+    if rest or each != rows * columns * scale * scale:
+        raise InputError(
+            f"evidence: a picture of this model has {each} vision tokens, and evidence is told for {rows} x {columns}"
+        )
+    return [
+        picture * each + (row * scale + down) * columns * scale + column * scale + right
+        for picture, row, column in cells
+        for down in range(scale)
+        for right in range(scale)
+    ]
+
+
+# What is done to pictures: (picture, pixels the budget would pay for, number of the sample) -> picture.
+
+
+def _resized(picture: Image.Image, pixels: float, number: int) -> Image.Image:
+    factor = min(1.0, math.sqrt(pixels / (picture.width * picture.height)))
+    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+    return picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def _blank(picture: Image.Image, pixels: float, number: int) -> Image.Image:
+    mean = tuple(round(value) for value in ImageStat.Stat(picture).mean)
+    return Image.new("RGB", picture.size, mean)
+
+
+def _shuffled(picture: Image.Image, pixels: float, number: int) -> Image.Image:
+    width, height = (max(_TILES, edge // _TILES * _TILES) for edge in picture.size)
+    values = np.asarray(picture.resize((width, height)) if (width, height) != picture.size else picture)
+    tiles = values.reshape(_TILES, height // _TILES, _TILES, width // _TILES, 3).swapaxes(1, 2)
+    tiles = tiles.reshape(_TILES * _TILES, height // _TILES, width // _TILES, 3)
+    order = torch.randperm(len(tiles), generator=torch.Generator().manual_seed(number)).numpy()
+    mixed = tiles[order].reshape(_TILES, _TILES, height // _TILES, width // _TILES, 3).swapaxes(1, 2)
+    return Image.fromarray(np.ascontiguousarray(mixed.reshape(height, width, 3)))
+
+
+def _wrong(picture: Image.Image, pixels: float, number: int) -> Image.Image:
+    return picture  # the runner hands in another sample's
+
+
+VIEWS: dict[str, tuple[Callable[[Image.Image, float, int], Image.Image], bool]] = {
+    "resized": (_resized, True),
+    "blank": (_blank, False),
+    "shuffled": (_shuffled, False),
+    "wrong": (_wrong, False),
+}
+"""By name: the change, and whether there is one for each budget.
+
+- ``resized``: the picture with as few pixels as the budget has patches. A model that takes pictures as they are then
+  has as many tokens as the budget; one with a fixed size scales it up again, and pays in full for a coarse picture.
+- ``blank``: one colour, the picture's mean: what can be answered without looking.
+- ``shuffled``: cut into 8 x 8 tiles, in random order: what needs no positions.
+- ``wrong``: another sample's picture.
+"""

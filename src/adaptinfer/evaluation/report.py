@@ -1,0 +1,366 @@
+"""A summary as Markdown and as one HTML file that needs nothing beside it. Both are written from the same blocks."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adaptinfer.evaluation.conditions import VANILLA
+from adaptinfer.evaluation.published import SETTING, published_for
+
+__all__ = ["Picture", "blocks", "to_html", "to_markdown"]
+
+_NOTHING = "–"
+
+_RULES = (
+    "Accuracy is the mean score, in percent, with its 95 % interval: a percentile bootstrap over groups of samples "
+    "that share pictures, 2,000 resamples, the same ones for every row, scores of several seeds averaged first "
+    "(Wilson's interval where every answer is right, or none). A difference is paired answer by answer. It is called "
+    "better or worse only if its interval excludes 0 and at least six groups differ, since no sign test could tell "
+    "with fewer; else open. With many rows, one comparison in twenty would still do so by chance. Budgets are true "
+    "averages: vision tokens that a decoder layer is given, which is also what its KV cache holds; rows of one budget "
+    "are compared."
+)
+_CHANGES = (
+    "Flips: answers that are not vanilla's, right or wrong. Right to wrong and wrong to right count scores from 0.5 on "
+    "as right. Top-1 and KL compare the first answer's next-token distribution with vanilla's for the same prompt: how "
+    "often the likeliest token is the same, and the mean of KL(vanilla || row) in nats."
+)
+_CONTROLS = (
+    "Controls: random keeps random tokens; evidence keeps the tokens of what is asked about (in a conversation, in any "
+    "turn) and fills up at random, which only an evaluation can know; resized shows the picture with as few pixels as "
+    "the budget has patches (a model with a fixed picture size scales it up again and saves nothing); blank shows the "
+    "picture's mean colour, shuffled its tiles in random order, wrong another sample's picture."
+)
+_COSTS = (
+    "FLOPs (2 x multiply-adds, causal attention at half) and KV bytes are worked out for each sample by itself: the "
+    "decoder layers of the prefill; scoring and vision tower are not counted."
+)
+_TURNS = (
+    "Turns are asked one after the other on one cache, so later ones read what was kept for the first question; the "
+    "conversation holds the row's own answers."
+)
+
+
+@dataclass(frozen=True)
+class Heading:
+    text: str
+    level: int = 2
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns, then rows of as many cells; numbers are on the right."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG and where the Markdown report finds it."""
+
+    path: str
+    data: bytes
+    text: str
+
+
+Block = Heading | Text | Table | Picture
+
+
+def blocks(document: dict[str, Any], pictures: dict[str, Picture]) -> list[Block]:
+    """What the report says, in order.
+
+    Args:
+        document: a summary, as it stands in ``summary.json``.
+        pictures: by task.
+    """
+    setup, environment = document["setup"], document["environment"]
+    found: list[Block] = [
+        Heading(f"Evaluation of {setup['model']}", 1),
+        Text(f"{document['command']}"),
+        Text(
+            f"{environment['date']}, {setup['device']} ({environment['gpu'] or environment['cpu']}), {setup['dtype']}, "
+            f"adaptinfer {environment['adaptinfer']}, torch {environment['torch']}, "
+            f"transformers {environment['transformers']}, batch {setup['batch']}."
+        ),
+    ]
+    if setup["model"] == "embedded":
+        found.append(
+            Text(
+                "This is the embedded model on drawn scenes: one small model, one training run. It says nothing about "
+                "the accuracy of other models on photographs."
+            )
+        )
+    tasks = document["tasks"]
+    if len(tasks) > 1:
+        found += [Heading("All tasks"), _overview(tasks)]
+    for task in tasks:
+        found += _task(task, pictures.get(task["name"]))
+    if document["latency"]:
+        found += _latency(document["latency"])
+    return [*found, Heading("How to read this"), *map(Text, (_RULES, _CHANGES, _CONTROLS, _COSTS))]
+
+
+def _overview(tasks: list[dict[str, Any]]) -> Table:
+    names = list(dict.fromkeys(entry["name"] for task in tasks for entry in task["conditions"]))
+    rows = []
+    for name in names:
+        values = [
+            next((entry["relative"]["value"] for entry in task["conditions"] if entry["name"] == name), None)
+            for task in tasks
+        ]
+        known = [value for value in values if value is not None]
+        mean = sum(known) / len(known) if len(known) == len(values) else None
+        rows.append([name, *map(_percent, values), _percent(mean)])
+    return Table(["accuracy, % of vanilla's", *(task["name"] for task in tasks), "mean"], rows)
+
+
+def _task(task: dict[str, Any], picture: Picture | None) -> list[Block]:
+    found: list[Block] = [
+        Heading(task["name"]),
+        Text(
+            f"{task['answers']} answers to {task['samples']} samples about {task['groups']} groups of pictures, "
+            f"metric {task['metric']}."
+        ),
+    ]
+    if task["skipped"]:
+        first = next(iter(task["skipped"].items()))
+        found.append(
+            Text(f"{len(task['skipped'])} samples could not be used and are in no figure, as {first[0]}: {first[1]}.")
+        )
+    if task["refused"]:
+        found += [Text("Not run:"), Table(["", "reason"], [[name, why] for name, why in task["refused"].items()])]
+    entries = task["conditions"]
+    if not entries:
+        return found
+    found += [picture] if picture else []
+    found.append(_main(entries))
+    found += [Heading("Against vanilla, answer by answer", 3), _changes(entries)]
+    if len(task["kinds"]) > 1:
+        found += [Heading("By kind of question", 3), _kinds(task)]
+    if task["turns"]:
+        found += [Heading("By turn", 3), Text(_TURNS), _turns(task)]
+    if any(entry["yes_no"] for entry in entries):
+        found += [Heading("Yes or no", 3), _yes_no(entries)]
+    return found + _pairs(task)
+
+
+def _main(entries: list[dict[str, Any]]) -> Table:
+    printed = {entry["name"]: published_for(entry["method"] or "", entry["true_average_share"]) for entry in entries}
+    columns = [
+        "",
+        "true tokens",
+        "of all, %",
+        "FLOPs, %",
+        "KV, %",
+        "accuracy, %",
+        "of vanilla's, %",
+        "difference, points",
+        "",
+    ]
+    rows = []
+    for entry in entries:
+        seeds = f", {entry['seeds']} seeds" if entry["seeds"] > 1 else ""
+        cells = [
+            entry["name"] + seeds,
+            f"{entry['true_average']:.1f}",
+            *(_percent(entry[f"{cost}_share"]) for cost in ("true_average", "flops", "kv_bytes")),
+            _interval(entry["accuracy"]),
+            _interval(entry["relative"]),
+            _NOTHING if entry["name"] == VANILLA else _interval(entry["difference"], signed=True),
+            entry["verdict"] or "",
+        ]
+        if any(printed.values()):
+            cells.append(str(printed[entry["name"]] or ""))
+        rows.append(cells)
+    if any(printed.values()):
+        columns.append(f"in print, not measured here ({SETTING})")
+    return Table(columns, rows)
+
+
+def _changes(entries: list[dict[str, Any]]) -> Table:
+    figures = ("flips", "correct_to_wrong", "wrong_to_correct", "top1_agreement")
+    return Table(
+        ["", "flips, %", "right to wrong, %", "wrong to right, %", "same top-1, %", "KL, nats"],
+        [
+            [entry["name"], *(_percent(entry[figure]) for figure in figures), f"{entry['kl']:.3f}"]
+            for entry in entries
+            if entry["name"] != VANILLA
+        ],
+    )
+
+
+def _kinds(task: dict[str, Any]) -> Table:
+    return Table(
+        ["", *(f"{kind} ({count})" for kind, count in task["kinds"].items())],
+        [[entry["name"], *(_interval(entry["kinds"][kind]) for kind in task["kinds"])] for entry in task["conditions"]],
+    )
+
+
+def _turns(task: dict[str, Any]) -> Table:
+    return Table(
+        ["", *(f"turn {number + 1}" for number in range(task["turns"]))],
+        [[entry["name"], *map(_interval, entry["turns"])] for entry in task["conditions"]],
+    )
+
+
+def _yes_no(entries: list[dict[str, Any]]) -> Table:
+    return Table(
+        ["", "kind", "precision, %", "recall, %", "answers yes, %"],
+        [
+            [entry["name"], kind, *(_percent(values[figure]) for figure in ("precision", "recall", "yes_share"))]
+            for entry in entries
+            for kind, values in entry["yes_no"].items()
+        ],
+    )
+
+
+def _pairs(task: dict[str, Any]) -> list[Block]:
+    """The first method against everything else of its budget, and where it loses."""
+    leading = next((entry["series"] for entry in task["conditions"] if entry["pruned"]), None)
+    first = {entry["name"] for entry in task["conditions"] if entry["series"] == leading}
+    pairs = [pair for pair in task["pairs"] if pair["first"] in first]
+    if not pairs:
+        return []
+    lost = [f"{pair['first']} to {pair['second']}" for pair in pairs if pair["verdict"] == "worse"]
+    rows = [
+        [each["first"], each["second"], _interval(each["difference"], signed=True), each["verdict"]] for each in pairs
+    ]
+    return [
+        Heading(f"{leading} against the others, at the same budget", 3),
+        Text(f"It loses: {', '.join(lost)}." if lost else "It loses to none of them by more than chance."),
+        Table(["", "less", "difference, points", ""], rows),
+    ]
+
+
+def _latency(latency: dict[str, Any]) -> list[Block]:
+    figures = {"ttft_ms": ".1f", "ttft_speed_up": ".2f", "decode_ms_per_token": ".2f"}
+    rows = [
+        [name, *(_spread(each[figure], digits) for figure, digits in figures.items())]
+        for name, each in latency["conditions"].items()
+    ]
+    return [
+        Heading("Latency"),
+        Text(
+            f"Measured apart from the answers, one by one: the first prompt of {latency['task']} alone, batch "
+            f"1, {latency['rounds']} rounds in which every row runs once: median (quartiles). x is over vanilla in the "
+            "same round. TTFT: processor-ready inputs to first token. For figures to rely on, run adaptinfer bench."
+        ),
+        Table(["", "TTFT, ms", "x", "decode, ms/token"], rows),
+    ]
+
+
+def _spread(summary: dict[str, float], digits: str) -> str:
+    median, lower, upper = (f"{summary[key]:{digits}}" for key in ("median", "lower_quartile", "upper_quartile"))
+    return f"{median} ({lower} to {upper})"
+
+
+def _percent(value: float | None) -> str:
+    return _NOTHING if value is None or not math.isfinite(value) else f"{100 * value:.1f}"
+
+
+def _interval(interval: dict[str, float | None], signed: bool = False) -> str:
+    value, low, high = (interval[key] for key in ("value", "low", "high"))
+    if value is None or low is None or high is None:
+        return _percent(value)
+    sign = "+" if signed else ""
+    return f"{100 * value:{sign}.1f} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
+
+
+# ---------------------------------------------------------------------------------------------------- two forms
+
+
+def to_markdown(found: Sequence[Block]) -> str:
+    """For people who read it in a repository; pictures are files beside it."""
+    parts = []
+    for block in found:
+        match block:
+            case Heading():
+                parts.append(f"{'#' * block.level} {block.text}")
+            case Text():
+                parts.append(block.text)
+            case Picture():
+                parts.append(f"![{block.text}]({block.path})")
+            case Table():
+                marks = ["---", *["---:"] * (len(block.columns) - 1)]
+                lines = [block.columns, marks, *block.rows]
+                parts.append(
+                    "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+                )
+    return "\n\n".join(parts) + "\n"
+
+
+def to_html(found: Sequence[Block]) -> str:
+    """One file: styles and pictures are in it."""
+    title = next(block.text for block in found if isinstance(block, Heading))
+    parts = []
+    for block in found:
+        match block:
+            case Heading():
+                parts.append(f"<h{block.level}>{html.escape(block.text)}</h{block.level}>")
+            case Text():
+                parts.append(f"<p>{html.escape(block.text)}</p>")
+            case Picture():
+                data = base64.b64encode(block.data).decode()
+                parts.append(f'<img alt="{html.escape(block.text)}" src="data:image/png;base64,{data}">')
+            case Table():
+                parts.append(_html_table(block))
+    return _PAGE.format(title=html.escape(title), style=_STYLE, body="\n".join(parts))
+
+
+def _html_table(table: Table) -> str:
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in table.columns)
+    rows = "\n".join("<tr>" + "".join(_html_cell(cell) for cell in row) + "</tr>" for row in table.rows)
+    return f'<div class="table"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
+
+
+def _html_cell(cell: str) -> str:
+    shown = f' class="{cell}"' if cell in ("better", "worse", "open") else ""
+    return f"<td{shown}>{html.escape(cell)}</td>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+_STYLE = """
+body { margin: 0; background: #fff; color: #1d2733; font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 76rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+h1 { font-size: 1.7rem; margin: 0 0 1rem; }
+h2 { font-size: 1.3rem; margin: 2.5rem 0 .75rem; padding-top: 1rem; border-top: 1px solid #e4e8ec; }
+h3 { font-size: 1.05rem; margin: 1.75rem 0 .5rem; }
+p { max-width: 52rem; margin: .5rem 0; }
+h1 + p { font-family: ui-monospace, monospace; font-size: .85rem; overflow-wrap: anywhere; color: #46535f; }
+img { max-width: 100%; height: auto; margin: .75rem 0; }
+.table { overflow-x: auto; margin: .75rem 0; }
+table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .28rem .7rem; text-align: right; border-bottom: 1px solid #e4e8ec; white-space: nowrap; }
+th { font-weight: 600; color: #46535f; vertical-align: bottom; white-space: normal; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+tbody tr:hover td { background: #f5f8fa; }
+.better { color: #2e7d4f; font-weight: 600; }
+.worse { color: #b3392a; font-weight: 600; }
+.open { color: #6b7785; }
+"""
