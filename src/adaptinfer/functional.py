@@ -161,7 +161,7 @@ def top_k_mask(score: Tensor, candidates: Tensor, k: int | Tensor) -> Tensor:
 
 
 def per_sample(values: Sequence[int], device: torch.device) -> int | Tensor:
-    """Numbers known on the host, one a sample, for use against [B, n]: one number if all are equal, else int64 [B, 1]."""
+    """Numbers known on the host, one a sample, for use against [B, n]: one if all are equal, else int64 [B, 1]."""
     if min(values) == max(values):
         return values[0]
     return torch.tensor(values).to(device, non_blocking=True)[:, None]
@@ -170,7 +170,7 @@ def per_sample(values: Sequence[int], device: torch.device) -> int | Tensor:
 def evenly_spaced(counts: Sequence[int], keeps: Sequence[int], device: torch.device) -> Tensor:
     """Mark keeps[b] of the first counts[b] columns of each row, as evenly as whole numbers allow.
 
-    Column j is marked where (j + 1) k / n passes a whole number, so each of k runs of about n / k columns ends with one.
+    Column j is marked where (j + 1) k / n passes a whole number: each of k runs of about n / k columns ends with one.
 
     Returns:
         bool [B, max(counts)].
