@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import importlib
 import json
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -20,13 +20,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import adaptinfer
-from adaptinfer import AdaptInfer, AdaptInferError, InputError, Schedule, ScheduleError, Stage, attach
+from adaptinfer import AdaptInfer, AdaptInferError, InputError, ModelShape, Schedule, ScheduleError, Stage, attach
 from adaptinfer.ask import Checkpoint
 from adaptinfer.calibration import run as running
 from adaptinfer.calibration import store
 from adaptinfer.calibration.objective import KeptMass
-from adaptinfer.calibration.record import Reader, fingerprint
-from adaptinfer.calibration.run import Budget, content_of, record
+from adaptinfer.calibration.record import Reader, Reading, fingerprint
+from adaptinfer.calibration.run import Budget, record
 from adaptinfer.calibration.samples import DataSetSource, FolderSource, ListSource, Sample, open_source
 from adaptinfer.calibration.store import PART, Recording, check_skipped, record_part
 from adaptinfer.cli import app
@@ -109,6 +109,7 @@ def test_reading_changes_nothing(models, family, attention):
     assert torch.equal(model(**inputs).logits, vanilla[0])
 
 
+@pytest.mark.full
 @torch.no_grad()
 def test_thousands_of_vision_tokens_leave_no_square_behind(models):
     """Nothing of the size of tokens x tokens is made beside what vanilla makes."""
@@ -184,14 +185,11 @@ def test_a_pruner_in_the_way_is_refused(checkpoint, model):
 
 
 class Source:
-    """Drawn scenes; some cannot be used, and one can end the run."""
+    """Samples that need no pictures; some cannot be used, and one can end the run."""
 
     def __init__(self, bad=(), kill_at=None) -> None:
-        self.identity = {"scenes": "of the test"}
-        self.scenes, self.bad, self.kill_at, self.asked = open_source("scenes"), bad, kill_at, []
-
-    def __len__(self) -> int:
-        return 1000
+        self.identity = {"samples": "of the test"}
+        self.bad, self.kill_at, self.asked = bad, kill_at, []
 
     def __getitem__(self, index: int) -> Sample:
         if index == self.kill_at:
@@ -199,80 +197,87 @@ class Source:
         self.asked.append(index)
         if index in self.bad:
             raise InputError(f"sample {index} is bad")
-        return self.scenes[index]
+        return Sample(f"sample {index}", (), f"question {index}?", "even" if index % 2 == 0 else "odd")
+
+
+class FakeReader:
+    """A reading is a function of the sample, as with a model, and takes no time."""
+
+    shape, scoring = ModelShape(5, 8, 2, 2, 4, 16), (0, 1, 2, 3, 4)
+
+    def read(self, index: int, sample: Sample) -> Reading:
+        mass, score = np.random.default_rng(index).random((2, 5, 7 + index % 3), dtype=np.float32)
+        return Reading(index, sample.id, sample.kind, mass, score, 11)
+
+
+ABOUT = store.about(
+    FakeReader(), {"name": "fake", "dtype": "float32", "fingerprint": "abc"}, {"name": "adaptinfer"}, Source().identity
+)
 
 
 def parts(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, checkpoint, model):
+@pytest.fixture
+def whole(tmp_path):
     """A recording of 20 samples made in one go."""
-    source = Source()
-    with Reader(model, checkpoint.processor, SCORE) as reader:
-        recording = Recording(tmp_path_factory.mktemp("made"), content_of(reader, "embedded", source))
-        record(reader, source, recording, 20, quiet)
+    recording = Recording(tmp_path / "whole", ABOUT)
+    record(FakeReader(), Source(), recording, 20, quiet)
     return recording
 
 
-@pytest.fixture
-def whole(tmp_path, made):
-    """The same, to be broken."""
-    return Recording(Path(shutil.copytree(made.folder, tmp_path / "whole")), made.about)
-
-
-def test_a_recording_is_read_back(whole, reader):
+def test_a_recording_is_read_back(whole):
     readings = list(whole.readings(20))
     assert [reading.index for reading in readings] == list(range(20))
-    again = reader.read(13, Source()[13])
+    again = FakeReader().read(13, Source()[13])
     assert (again.mass == readings[13].mass).all() and (again.score == readings[13].score).all()
     assert (again.id, again.kind, again.text_tokens) == (readings[13].id, readings[13].kind, readings[13].text_tokens)
     assert whole.missing(20) == [] and whole.skipped(20) == []
     assert not list(whole.folder.glob("*.part"))
 
 
-def test_a_kill_costs_the_part_in_hand_and_nothing_counts_twice(tmp_path, reader, whole):
+def test_a_kill_costs_the_part_in_hand_and_nothing_counts_twice(tmp_path, whole):
     killed = Source(kill_at=PART + 3)
-    recording = Recording(tmp_path / "killed", content_of(reader, "embedded", killed))
+    recording = Recording(tmp_path / "killed", ABOUT)
     with pytest.raises(KeyboardInterrupt):
-        record(reader, killed, recording, 20, quiet)
+        record(FakeReader(), killed, recording, 20, quiet)
     assert killed.asked == list(range(PART + 3))
     with pytest.raises(InputError, match="missing or damaged"):
         list(recording.readings(20))
     resumed = Source()
-    again = Recording(tmp_path / "killed", content_of(reader, "embedded", resumed))
-    record(reader, resumed, again, 20, quiet)
+    again = Recording(tmp_path / "killed", ABOUT)
+    record(FakeReader(), resumed, again, 20, quiet)
     assert resumed.asked == list(range(PART, 20))
     assert parts(again.folder) == parts(whole.folder)
 
 
-def test_a_damaged_part_and_one_of_fewer_samples_are_read_again(reader, whole):
+def test_a_damaged_part_and_one_of_fewer_samples_are_read_again(whole):
     before = parts(whole.folder)
     first, last = whole.folder / "part-000000.safetensors", whole.folder / "part-000002.safetensors"
     first.write_bytes(first.read_bytes()[:-100])
     assert [part.start for part in whole.missing(20)] == [0]
     source = Source()
-    record(reader, source, whole, 20, quiet)
+    record(FakeReader(), source, whole, 20, quiet)
     assert source.asked == list(range(PART)) and parts(whole.folder) == before
     assert whole.missing(18) == [range(16, 18)] and whole.missing(23) == [range(16, 23)]
-    record(reader, source, whole, 23, quiet)
+    record(FakeReader(), source, whole, 23, quiet)
     assert len(list(whole.readings(23))) == 23 and last.read_bytes() != before[last.name]
 
 
-def test_shares_of_several_processes_make_the_same_recording(tmp_path, reader, whole):
+def test_shares_of_several_processes_make_the_same_recording(tmp_path, whole):
     sources = Source(), Source()
     for number, source in enumerate(sources):
-        recording = Recording(tmp_path / "shared", content_of(reader, "embedded", source))
-        record(reader, source, recording, 20, quiet, share=(number, 2))
+        recording = Recording(tmp_path / "shared", ABOUT)
+        record(FakeReader(), source, recording, 20, quiet, share=(number, 2))
     assert sorted(sources[0].asked + sources[1].asked) == list(range(20))
     assert parts(tmp_path / "shared") == parts(whole.folder)
 
 
-def test_a_recording_of_something_else_is_refused(whole, reader):
+def test_a_recording_of_something_else_is_refused(whole):
     content = whole.about
     other = {**content, "model": {**content["model"], "fingerprint": "0"}}
-    with pytest.raises(InputError, match=r"holds a recording of another model \(embedded\); take another folder"):
+    with pytest.raises(InputError, match=r"holds a recording of another model \(fake\); take another folder"):
         Recording(whole.folder, other)
     with pytest.raises(InputError, match="other data"):
         Recording(whole.folder, {**content, "data": {"scenes": "others"}})
@@ -282,7 +287,7 @@ def test_a_recording_of_something_else_is_refused(whole, reader):
         Recording(whole.folder, {**content, "version": 2})
     Recording(whole.folder, {**content, "model": {**content["model"], "name": "moved"}})
     stray = whole.folder / "part-000001.safetensors"
-    stray.write_bytes(record_part(reader, Source(), range(8, 16), store.digest_of(other)))
+    stray.write_bytes(record_part(FakeReader(), Source(), range(8, 16), store.digest_of(other)))
     assert whole.missing(20) == [range(8, 16)], "a part of another recording is none of this one"
     (whole.folder / "recording.json").write_text("{}")
     with pytest.raises(InputError, match="no description of a recording"):
@@ -300,19 +305,19 @@ def test_a_full_disk(whole, monkeypatch, tmp_path):
         Recording(tmp_path / "new", whole.about)
 
 
-def test_bad_samples_are_named_skipped_and_counted(tmp_path, reader):
+def test_bad_samples_are_named_skipped_and_counted(tmp_path):
     source = Source(bad=(3, 17))
-    recording = Recording(tmp_path / "r", content_of(reader, "embedded", source))
-    record(reader, source, recording, 24, quiet)
+    recording = Recording(tmp_path / "r", ABOUT)
+    record(FakeReader(), source, recording, 24, quiet)
     assert [each.index for each in recording.skipped(24)] == [3, 17]
     assert [reading.index for reading in recording.readings(24)] == [*range(3), *range(4, 17), *range(18, 24)]
 
 
-def test_too_many_bad_samples_end_the_run(tmp_path, reader):
+def test_too_many_bad_samples_end_the_run(tmp_path):
     source = Source(bad=(1, 2, 4))
-    recording = Recording(tmp_path / "r", content_of(reader, "embedded", source))
+    recording = Recording(tmp_path / "r", ABOUT)
     with pytest.raises(InputError, match="3 of 24 samples cannot be used, more than 10%: sample 1 is bad; sample 2"):
-        record(reader, source, recording, 24, quiet)
+        record(FakeReader(), source, recording, 24, quiet)
     assert max(source.asked) < PART, "at once, and not after all of them"
     check_skipped([], 0)
 
