@@ -317,8 +317,10 @@ def test_conditions_that_make_no_sense():
         conditions(["adaptinfer"], [0.0])
     with pytest.raises(InputError, match="would be run twice"):
         conditions(["adaptinfer"], [0.3, 0.3])
-    with pytest.raises(InputError, match="no such method with published schedules"):
+    with pytest.raises(PrunerError, match="random has no published schedule"):
         conditions([], [], presets=["random:llava-1.5-7b/64"])
+    with pytest.raises(InputError, match="there is no method 'fast'"):
+        conditions([], [], presets=["fast:llava-1.5-7b/64"])
 
 
 def test_chance_falls_differently_in_every_batch_and_seed():

@@ -183,11 +183,9 @@ def _published(name: str) -> Condition:
     method, _, schedule = name.rpartition(":")
     model, _, label = schedule.partition("/")
     kind = METHODS.get(method or "adaptinfer")
-    paper = getattr(kind, "paper", None)
-    if paper is None:
-        known = ", ".join(each for each in METHODS if hasattr(METHODS[each], "paper"))
-        raise InputError(f"preset {name!r}: there is no such method with published schedules; there are {known}")
-    return Condition(name, name, None, paper(label, model))
+    if kind is None:
+        raise InputError(f"preset {name!r}: there is no method {method!r}; there are {', '.join(METHODS)}")
+    return Condition(name, name, None, kind.paper(label, model))
 
 
 def _has_seed(method: type[Pruner]) -> bool:
