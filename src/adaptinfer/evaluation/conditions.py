@@ -16,7 +16,7 @@ from adaptinfer.schedule import ScheduleError
 if TYPE_CHECKING:
     from adaptinfer.ask import Checkpoint
 
-__all__ = ["VANILLA", "Condition", "conditions", "first_refusals"]
+__all__ = ["VANILLA", "Condition", "conditions", "first_refusals", "published"]
 
 VANILLA = "vanilla"
 _SEED_STRIDE = 10_007  # a prime, so that runs and batches share no seed
@@ -122,7 +122,7 @@ def conditions(
             label = way if len(positions) > 1 and method != "random" else None
             settings = {} if way is None else {"positions": way}
             found += [_condition(METHODS[method], budget, settings, label, seeds) for budget in budgets]
-    found += [_published(name) for name in presets]
+    found += [Condition(name, name, None, published(name)) for name in presets]
     for path in saved:
         pruner = from_pretrained(path)
         name = (path.parent if path.is_file() else path).resolve().name
@@ -176,8 +176,13 @@ def _condition(
     return Condition(name, series, budget, pruner, seeds=seeds if _has_seed(method) else 1)
 
 
-def _published(name: str) -> Condition:
-    """``[method:]model/label`` as its paper ran it."""
+def published(name: str) -> Pruner:
+    """``[method:]model/label`` as its paper ran it; the method is AdaptInfer if none is named.
+
+    Raises:
+        InputError: there is no such method.
+        PrunerError, ScheduleError: it has no such published schedule.
+    """
     from adaptinfer.pruners import METHODS
 
     method, _, schedule = name.rpartition(":")
@@ -185,7 +190,7 @@ def _published(name: str) -> Condition:
     kind = METHODS.get(method or "adaptinfer")
     if kind is None:
         raise InputError(f"preset {name!r}: there is no method {method!r}; there are {', '.join(METHODS)}")
-    return Condition(name, name, None, kind.paper(label, model))
+    return kind.paper(label, model)
 
 
 def _has_seed(method: type[Pruner]) -> bool:

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from adaptinfer.ask import Checkpoint, DType
 from adaptinfer.engine.attach import Handle
 from adaptinfer.errors import InputError, UnsupportedError
-from adaptinfer.pruners import METHODS, AdaptInfer, Pruner
+from adaptinfer.evaluation.conditions import published
+from adaptinfer.pruners import METHODS, Pruner
 from adaptinfer.pruners.config import from_pretrained
 
 if TYPE_CHECKING:
@@ -174,8 +175,7 @@ def _pruner(
     if pruner is not None:
         return from_pretrained(Path(pruner))
     if preset is not None:
-        model, _, label = preset.partition("/")
-        return AdaptInfer.paper(label, model)
+        return published(preset)
     if method is None:
         if budget is not None:
             raise InputError("model_args: a budget needs a method, such as method=adaptinfer")
