@@ -514,7 +514,13 @@ def test_the_report_is_one_file_and_shows_everything():
     tasks = finite(summarise(*_records()))
     spread = {"median": 1.0, "lower_quartile": 0.9, "upper_quartile": 1.2}
     figures = {"ttft_ms": spread, "ttft_speed_up": spread, "decode_ms_per_token": spread}
-    latency = {"task": "t", "rounds": 3, "conditions": {"vanilla": figures, "adaptinfer 0.1": figures}}
+    latency = {
+        "task": "t",
+        "rounds": 3,
+        "load_average": 9.0,
+        "cores": 2,
+        "conditions": {"vanilla": figures, "adaptinfer 0.1": figures},
+    }
     environment = dict.fromkeys(("date", "gpu", "cpu", "adaptinfer", "torch", "transformers"), "x")
     document = {
         "command": "adaptinfer eval",
@@ -528,7 +534,15 @@ def test_the_report_is_one_file_and_shows_everything():
     assert png.startswith(b"\x89PNG")
     found = blocks(document, {"t": Picture("t.png", png, "plot")})
     markdown, page = to_markdown(found), to_html(found)
-    for line in ("| vanilla |", "87.5", "| adaptinfer 0.1 |", "93.1 % at true 82.9", "embedded model", "(t.png)"):
+    for line in (
+        "| vanilla |",
+        "87.5",
+        "| adaptinfer 0.1 |",
+        "93.1 % at true 82.9",
+        "(t.png)",
+        "was busy",
+        "It loses to",
+    ):
         assert line in markdown
     assert "cannot \\| <b>" in markdown and "cannot | &lt;b&gt;" in page
     assert "data:image/png;base64," in page and "http" not in page
