@@ -205,6 +205,7 @@ def test_tasks_are_the_same_every_time_and_longer_ones_begin_alike():
     for name in ("scenes", "scenes-turns", "scenes-pair", "scenes:validation"):
         few, more = load_task(name).samples(5), load_task(name).samples(9)
         assert list(few) == list(more[:5]) and len(few) == 5 and len(more) == 9
+    assert len(load_task("scenes").samples(None)) == 500
     assert load_task("scenes").samples(1) != load_task("scenes:validation").samples(1)
     assert {len(sample.turns) for sample in load_task("scenes-turns").samples(3)} == {4}
 
