@@ -205,6 +205,7 @@ def test_tasks_are_the_same_every_time_and_longer_ones_begin_alike():
     for name in ("scenes", "scenes-turns", "scenes-pair", "scenes:validation"):
         few, more = load_task(name).samples(5), load_task(name).samples(9)
         assert list(few) == list(more[:5]) and len(few) == 5 and len(more) == 9
+    assert len(load_task("scenes").samples(None)) == 500
     assert load_task("scenes").samples(1) != load_task("scenes:validation").samples(1)
     assert {len(sample.turns) for sample in load_task("scenes-turns").samples(3)} == {4}
 
@@ -516,7 +517,13 @@ def test_the_report_is_one_file_and_shows_everything():
     tasks = finite(summarise(*_records()))
     spread = {"median": 1.0, "lower_quartile": 0.9, "upper_quartile": 1.2}
     figures = {"ttft_ms": spread, "ttft_speed_up": spread, "decode_ms_per_token": spread}
-    latency = {"task": "t", "rounds": 3, "conditions": {"vanilla": figures, "adaptinfer 0.1": figures}}
+    latency = {
+        "task": "t",
+        "rounds": 3,
+        "load_average": 9.0,
+        "cores": 2,
+        "conditions": {"vanilla": figures, "adaptinfer 0.1": figures},
+    }
     environment = dict.fromkeys(("date", "gpu", "cpu", "adaptinfer", "torch", "transformers"), "x")
     document = {
         "command": "adaptinfer eval",
@@ -530,7 +537,15 @@ def test_the_report_is_one_file_and_shows_everything():
     assert png.startswith(b"\x89PNG")
     found = blocks(document, {"t": Picture("t.png", png, "plot")})
     markdown, page = to_markdown(found), to_html(found)
-    for line in ("| vanilla |", "87.5", "| adaptinfer 0.1 |", "93.1 % at true 82.9", "embedded model", "(t.png)"):
+    for line in (
+        "| vanilla |",
+        "87.5",
+        "| adaptinfer 0.1 |",
+        "93.1 % at true 82.9",
+        "(t.png)",
+        "was busy",
+        "It loses to",
+    ):
         assert line in markdown
     assert "cannot \\| <b>" in markdown and "cannot | &lt;b&gt;" in page
     assert "data:image/png;base64," in page and "http" not in page

@@ -103,7 +103,10 @@ def _eval(
     samples: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Samples of each task; 500 of the drawn scenes, else all.", show_default=False
+            min=1,
+            metavar="N",
+            help="Samples of each task. Taken when nothing is said: 500 of drawn ones, all of a file.",
+            show_default=False,
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Runs of a method with chance in it, averaged.")] = 3,
@@ -132,19 +135,15 @@ def _eval(
 
     [dim]adaptinfer eval --task scenes --method adaptinfer --budget 0.33 --budget 0.11 -o build/eval[/dim]
 
-    A run that was stopped goes on where it was when the same command is given again. Several processes share a run
-    under 'accelerate launch -m adaptinfer eval ...'.
+    A stopped run goes on with the same command. Several processes: 'accelerate launch -m adaptinfer eval ...'.
     """
     from adaptinfer.cli import _quieten
     from adaptinfer.evaluation.conditions import conditions, first_refusals
     from adaptinfer.evaluation.runner import Plan
     from adaptinfer.evaluation.scale import Ranks
-    from adaptinfer.evaluation.tasks import FORMS
     from adaptinfer.pruners import METHODS
 
     _quieten()
-    if samples is None and all(task.partition(":")[0] in FORMS for task in tasks or ["scenes"]):
-        samples = 500
     chosen = list(METHODS) if methods == ["all"] else methods or ["adaptinfer"]
     found = conditions(
         chosen, budgets or [0.33, 0.11], positions or (), presets or (), pruners or (), seeds=seeds, controls=controls

@@ -6,6 +6,7 @@ put a time on the report's axis; `adaptinfer bench` measures with more care.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -58,6 +59,8 @@ def measure(plan: Plan, worker: Worker, rounds: int, progress: Callable[[str], N
         "task": task,
         "rounds": rounds,
         "decoded_tokens": DECODED_TOKENS,
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "cores": os.cpu_count(),
         "conditions": {
             name: {
                 "ttft_ms": asdict(summarise(first[name])),

@@ -144,7 +144,7 @@ def _task(task: dict[str, Any], picture: Picture | None) -> list[Block]:
     if not entries:
         return found
     found += [picture] if picture else []
-    found.append(_main(entries))
+    found += _main(entries)
     found += [Heading("Against vanilla, answer by answer", 3), _changes(entries)]
     if len(task["kinds"]) > 1:
         found += [Heading("By kind of question", 3), _kinds(task)]
@@ -155,7 +155,7 @@ def _task(task: dict[str, Any], picture: Picture | None) -> list[Block]:
     return found + _pairs(task)
 
 
-def _main(entries: list[dict[str, Any]]) -> Table:
+def _main(entries: list[dict[str, Any]]) -> list[Block]:
     printed = {entry["name"]: published_for(entry["method"] or "", entry["true_average_share"]) for entry in entries}
     columns = [
         "",
@@ -184,8 +184,9 @@ def _main(entries: list[dict[str, Any]]) -> Table:
             cells.append(str(printed[entry["name"]] or ""))
         rows.append(cells)
     if any(printed.values()):
-        columns.append(f"in print, not measured here ({SETTING})")
-    return Table(columns, rows)
+        columns.append("in print, of vanilla's")
+    found: list[Block] = [Table(columns, rows)]
+    return [*found, Text(f"In print, and not measured here: {SETTING}.")] if any(printed.values()) else found
 
 
 def _changes(entries: list[dict[str, Any]]) -> Table:
@@ -255,9 +256,15 @@ def _latency(latency: dict[str, Any]) -> list[Block]:
             f"Measured apart from the answers, one by one: the first prompt of {latency['task']} alone, batch "
             f"1, {latency['rounds']} rounds in which every row runs once: median (quartiles). x is over vanilla in the "
             "same round. TTFT: processor-ready inputs to first token. For figures to rely on, run adaptinfer bench."
+            + _load(latency["load_average"], latency["cores"])
         ),
         Table(["", "TTFT, ms", "x", "decode, ms/token"], rows),
     ]
+
+
+def _load(average: float | None, cores: int) -> str:
+    busy = average is not None and average > cores
+    return f" The machine was busy: load average {average:.1f} on {cores} cores; believe none of these." if busy else ""
 
 
 def _spread(summary: dict[str, float], digits: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from adaptinfer.embedded.questions import Question, questions_for
 from adaptinfer.embedded.scenes import GRID, SPLITS, Scene, render, sample_scene
 from adaptinfer.errors import InputError
-from adaptinfer.evaluation.tasks import Sample, Turn
+from adaptinfer.evaluation.tasks import DRAWN, Sample, Turn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,9 +46,10 @@ class SceneTask:
         self.name = form if split == "test" else f"{form}:{split}"
 
     def samples(self, count: int | None) -> Sequence[Sample]:
+        count = DRAWN if count is None else count
         found: list[Sample] = []
         for seed in SPLITS[self.split]:
-            if count is not None and len(found) >= count:
+            if len(found) >= count:
                 break
             found += _SAMPLES[self.form](sample_scene(seed))
         return found[:count]

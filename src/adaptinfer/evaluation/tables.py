@@ -34,7 +34,7 @@ def print_results(document: dict[str, Any]) -> None:
     console.print(
         Text(
             "In percent, with 95 % intervals; difference to vanilla in points, paired; better or worse only if its "
-            "interval excludes 0. Tokens: true average given to a layer.",
+            "interval excludes 0 and at least six groups differ. Tokens: true average given to a layer.",
             style="dim",
         ),
         soft_wrap=True,

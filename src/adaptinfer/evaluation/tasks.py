@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-__all__ = ["FORMS", "Cell", "Sample", "SampleError", "Task", "Turn", "load_task"]
+__all__ = ["DRAWN", "FORMS", "Cell", "Sample", "SampleError", "Task", "Turn", "load_task"]
 
 Cell = tuple[int, int, int]
 """Picture, row, column of a piece of evidence, on the task's grid."""
@@ -33,6 +33,9 @@ FORMS = {
     "world-pair": "questions that compare two pictures",
 }
 """Tasks of drawn scenes by name, and what they are."""
+
+DRAWN = 500
+"""Samples of a drawn task where nobody says how many; there are some hundred thousand."""
 
 
 class SampleError(InputError):
@@ -87,7 +90,7 @@ class Task(Protocol):
     grid: tuple[int, int] | None
 
     def samples(self, count: int | None) -> Sequence[Sample]:
-        """The first ``count`` samples, None for all: always the same ones in the same order."""
+        """The first ``count`` samples, None for all (`DRAWN` of drawn ones): always the same ones in the same order."""
         ...
 
     def pictures(self, sample: Sample) -> list[Image.Image]:

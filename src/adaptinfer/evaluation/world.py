@@ -13,7 +13,7 @@ from adaptinfer.embedded.world import SPLITS, VERSION, Scene, sample_scene
 from adaptinfer.embedded.world.questions import Question, conversation, pair_questions, questions_for
 from adaptinfer.embedded.world.render import render
 from adaptinfer.errors import InputError
-from adaptinfer.evaluation.tasks import Sample, Turn
+from adaptinfer.evaluation.tasks import DRAWN, Sample, Turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,9 +47,10 @@ class WorldTask:
         self.grid: tuple[int, int] | None = (side, side)
 
     def samples(self, count: int | None) -> Sequence[Sample]:
+        count = DRAWN if count is None else count
         found: list[Sample] = []
         for seed in SPLITS[self.split]:
-            if count is not None and len(found) >= count:
+            if len(found) >= count:
                 break
             found += _SAMPLES[self.form](self._scene, seed)
         return found[:count]
