@@ -18,6 +18,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 
 from adaptinfer import embedded
@@ -76,6 +77,7 @@ def main() -> None:
         with urllib.request.urlopen(request, timeout=600) as response:
             print(json.load(response)["answer"])
         serve.shutdown()
+        ray.shutdown()
 
 
 if __name__ == "__main__":
