@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from adaptinfer import AdaptInfer, Random, Schedule, ScheduleError, Stage, UnsupportedError
 from adaptinfer.engine.stage import StageView
-from adaptinfer.pruners import PrunerError
+from adaptinfer.pruners import METHODS, PrunerError
 from adaptinfer.serving.settings import pruner_from, to_json
 from adaptinfer.serving.vllm_plugin.counts import Counts
 from adaptinfer.serving.vllm_plugin.plan import Planner, Row, plan_step
@@ -54,6 +55,15 @@ def test_a_budget_out_of_reach_is_refused_by_name():
         Planner(AdaptInfer(budget=0.01), 4).prompt(200, [(0, 100)])
     with pytest.raises(ScheduleError, match="num_layers: the schedule is for 4 layers"):
         Planner(AdaptInfer(schedule=THREE), 5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_that_looks_at_more_is_refused_by_name(name):
+    if name in ("adaptinfer", "fastv", "random", "fitprune"):
+        assert Planner(METHODS[name](budget=64), 4).prompt(300, [(0, 200)]).prunes
+    else:
+        with pytest.raises(UnsupportedError, match=rf"vLLM: {re.escape(name)} looks at more"):
+            Planner(METHODS[name](budget=64), 4)
 
 
 # Rows and segments

@@ -44,6 +44,7 @@ from adaptinfer.errors import AdaptInferError, UnsupportedError
 from adaptinfer.functional import gather_tokens, scatter_tokens
 from adaptinfer.pruners.base import Pruner
 from adaptinfer.pruners.before import SelectsBefore
+from adaptinfer.pruners.tome import ToMe
 from adaptinfer.schedule import BEFORE, ModelShape, Schedule, ScheduleError
 
 if TYPE_CHECKING:
@@ -179,7 +180,8 @@ class Handle:
         self._latest: Report | None = None
         self.pruner = pruner
         before = pruner if isinstance(pruner, SelectsBefore) else None
-        self._recorder = Recorder(self._base, model.config, before.reads) if before else None
+        groups = functools.partial(pruner.groups, self._shape.num_layers) if isinstance(pruner, ToMe) else None
+        self._recorder = Recorder(self._base, model.config, before.reads, groups) if before else None
         if pruner.schedule is not None:
             pruner.schedule.check(self._shape.num_layers)
             self._check_stages(pruner.schedule)

@@ -288,5 +288,5 @@ class Stages:
 
 def _without_autocast(device: torch.device) -> Any:
     """Scores are float32 whatever the model computes in; some devices have no autocast to switch off."""
-    known = torch.amp.is_autocast_available(device.type)  # pyright: ignore
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)  # pyright: ignore
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from adaptinfer.engine.merging import TowerMerging
 from adaptinfer.engine.tower import RECORDING, Encoded, Tower
 from adaptinfer.pruners.before import Read
 
@@ -29,11 +30,14 @@ _PROJECTED = frozenset({"llava", "llava_next"})  # a projector that takes tokens
 class Recorder:
     """Records the encodings of one attached model, for a pruner that selects before the language model."""
 
-    def __init__(self, base: Any, config: Any, reads: Sequence[Read]) -> None:
+    def __init__(
+        self, base: Any, config: Any, reads: Sequence[Read], groups: Callable[[int], int] | None = None
+    ) -> None:
         """Args:
         base: the multimodal model without its head.
         config: of the model.
         reads: what the pruner reads of the vision tower.
+        groups: for a pruner that merges in the tower: tokens of a picture -> groups that it ends with.
 
         Raises:
             UnsupportedError: the tower does not have it.
@@ -43,6 +47,12 @@ class Recorder:
         vision = getattr(config, "vision_config", None)
         self.cell = getattr(config, "scale_factor", 0) * getattr(vision, "patch_size", 0)  # Idefics3, SmolVLM
         self.tower = Tower(base, self.model_type, reads) if reads else None
+        self._merging = None
+        if groups is not None:
+            plain = Tower(base, self.model_type, ())
+            keys = [Read("keys", number) for number in range(TowerMerging(plain, config, groups).blocks)]
+            self.tower = Tower(base, self.model_type, keys)
+            self._merging = TowerMerging(self.tower, config, groups)
         self.projector = base.multi_modal_projector if self.model_type in _PROJECTED else None
         self.kinds = {kind: _placeholders(config, kind) for kind in ("image", "video")}
 
@@ -66,6 +76,8 @@ class Recorder:
             return
         for module, config, tapped in self.tower.tapped():
             retune(module, config, tapped)
+        if self._merging is not None:
+            self._merging.install(before, after)
         for read, block in self.tower.hidden_reads():
             after(block, functools.partial(_take_output, read))
         if self.projector is not None and Read("projector") in self.reads:

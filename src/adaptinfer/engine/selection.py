@@ -82,6 +82,10 @@ class FeatureView:
         """
         return self._images.at(self._places, self._rows, self._images.crops)
 
+    def groups(self) -> Tensor:
+        """Sizes of the groups that merged in the tower, at the tokens that stand for them, [B, V, 1]; else zeros."""
+        return self._taken(Read("groups"))
+
     def unprojected(self) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The features in front of the projector, [B, V, w], and the projector: [..., w] -> [..., d].
 

@@ -49,6 +49,7 @@ class Encoded:
         patches: tower tokens of each of them.
         packed: int64 [F] on the CPU, where the model itself says which tower token each feature comes from (-1: none).
         mixed: whether features were interpolated between tower tokens.
+        groups: while tokens merge in the tower: see `merging.merge_step`; and how many groups are left.
         patch_grid: the processor's (frames, rows, columns) of patches of each image, where a model takes them.
     """
 
@@ -60,6 +61,7 @@ class Encoded:
     patches: int = 0
     packed: Tensor | None = None
     mixed: bool = False
+    groups: tuple[Tensor, Tensor, int] | None = None
     patch_grid: Any = None
 
     @property
@@ -90,7 +92,7 @@ class Tower:
         config = self.module.config
         self.heads: int = getattr(config, "num_attention_heads", None) or config.num_heads
         depth = len(self.blocks)
-        inside = [read for read in reads if read.what != "projector"]
+        inside = [read for read in reads if read.what not in ("projector", "groups")]
         self.reads = {read: read.layer * depth // read.of if read.of else read.layer for read in inside}
         for read, block in self.reads.items():
             if not -depth <= block < depth:

@@ -21,6 +21,7 @@ from adaptinfer.pruners.random import Random
 from adaptinfer.pruners.sparsevlm import SparseVLM, SparseVLMPlus
 from adaptinfer.pruners.starpro import Coverage, STARPro
 from adaptinfer.pruners.stride import Stride
+from adaptinfer.pruners.tome import ToMe
 from adaptinfer.pruners.v2drop import V2Drop
 from adaptinfer.pruners.visionzip import VisionZip
 from adaptinfer.pruners.vispruner import VisPruner
@@ -53,6 +54,7 @@ __all__ = [
     "SparseVLMPlus",
     "Stride",
     "StrideBefore",
+    "ToMe",
     "V2Drop",
     "VScan",
     "VisPruner",
@@ -84,6 +86,7 @@ _BEFORE = (
     PruMergePlus,
     HiRED,
     Scans,
+    ToMe,
     Pool,
     RandomBefore,
     StrideBefore,

@@ -100,8 +100,12 @@ class Step:
             text_mask=None,
             vision_index=self._vision_of(number),
             vision_mask=None,
+            vision_counts=(self._vision_of(number).shape[1],),
+            valid=None,
+            first=dropped == 0,
             total=heads.total,
             all_heads=heads.all_heads,
+            hidden=query.new_empty(1, query.shape[1], 0),  # attention is not given them; see `Planner`
         )
 
     def _vision_of(self, number: int) -> Tensor:

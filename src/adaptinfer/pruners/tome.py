@@ -1,0 +1,64 @@
+"""ToMe: similar tokens merge inside the vision tower, a few in every block (arXiv 2210.09461)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar
+
+from adaptinfer.errors import UnsupportedError
+from adaptinfer.functional import gather_tokens
+from adaptinfer.pruners.base import Selection
+from adaptinfer.pruners.before import Read, Selector, of_score, unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adaptinfer.engine.selection import FeatureView
+
+__all__ = ["ToMe", "match"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ToMe(Selector):
+    """Bipartite soft matching of keys inside a CLIP or SigLIP tower; one token of each group goes on.
+
+    Every block merges about as many. The tower is given the members of a group as so many equal tokens, which is what
+    ToMe's proportional attention computes for one of that size: the same features, without its saving in the tower.
+    Groups form within a picture, so several pictures need a share as the budget. A tower too shallow for a budget
+    leaves more groups, of which the largest go on.
+    """
+
+    name: ClassVar[str] = "tome"
+    reference: ClassVar[str] = "arXiv 2210.09461"
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        return (Read("groups"),)
+
+    def groups(self, num_layers: int, tokens: int) -> int:
+        """How many groups a picture of that many tokens ends with."""
+        return self.plan(num_layers, tokens).tokens_per_layer(tokens)[0]
+
+    def select_before(self, view: FeatureView) -> Selection:
+        pictures = view.need_pictures(self.name)
+        if len(pictures) > 1 and (self.budget is None or self.budget >= 1):
+            raise UnsupportedError(
+                "tome merges each picture by itself; with several of them give a share as the budget"
+            )
+        return of_score(view.groups()[..., 0], view.keep)
+
+
+def match(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """One step of bipartite soft matching: of the tokens at even places those that resemble one at an odd place most.
+
+    Args:
+        keys: [n, m, D], the mean over heads.
+        count: how many merge, at most those at even places.
+
+    Returns:
+        Places of the tokens that merge and of those that they merge into, int64 [n, count] each.
+    """
+    points = unit(keys)
+    likeness, best = (points[:, ::2] @ points[:, 1::2].transpose(1, 2)).max(dim=2)
+    order = likeness.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return 2 * order, 2 * gather_tokens(best, order, dim=1) + 1
