@@ -160,8 +160,8 @@ def test_a_step_keeps_in_each_row_what_the_row_would_keep_alone(made, seed):
             view = StageView(
                 layer, full[None, :, places], full[None, :2, places] * 2,
                 functools.partial(causal, torch.arange(len(places))), 0.5, None,
-                torch.nonzero((own >= text) & (own < end))[:, 0][None], None, vision[None], None,
-                lambda tensor: tensor, 4,
+                torch.nonzero((own >= text) & (own < end))[:, 0][None], None, vision[None], None, (len(vision),), None,
+                True, lambda tensor: tensor, 4, torch.empty(1, len(places), 0),
             )  # fmt: skip
             best = pruner.score(view)[0].argsort(descending=True, stable=True)[:keep]
             gone = set(own[vision].tolist()) - set(own[vision[best]].tolist())
