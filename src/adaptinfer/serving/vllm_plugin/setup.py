@@ -205,9 +205,9 @@ def _checking(process: Any) -> Any:
                 _check_request(request, planner_of(processor.vllm_config))
             except AdaptInferError as error:
                 cache = processor.renderer.mm_processor_cache
-                for feature in request.mm_features if cache is not None else ():
-                    # The front end thinks that the engine has this picture now, and would not send it again.
-                    cache.invalidate(feature.mm_hash or feature.identifier)
+                if cache is not None:  # it thinks that the engine has these pictures now, and would not send them again
+                    for feature in request.mm_features:
+                        cache.invalidate(feature.mm_hash or feature.identifier)
                 raise VLLMValidationError(str(error)) from None
         return request
 
