@@ -156,6 +156,7 @@ def _set_arguments(args: Any, pruner: Pruner) -> None:
 def _take_part() -> None:
     """Put the pruned model classes in the place of vLLM's, and let each model runner tell its model of batches."""
     from vllm import ModelRegistry
+    from vllm.model_executor.model_loader.utils import _MODEL_ARCH_BY_HASH
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -165,6 +166,7 @@ def _take_part() -> None:
         if getattr(ModelRegistry.models.get(architecture), "class_name", None) != name:
             logging.getLogger("vllm.model_executor.models.registry").addFilter(_expected)
             ModelRegistry.register_model(architecture, ours)
+            _MODEL_ARCH_BY_HASH.clear()  # it may remember vLLM's class from an engine that did not ask
     for runner in (GPUModelRunner, CPUModelRunner):
         if not hasattr(runner.load_model, _KEY):
             runner.load_model = _binding(runner.load_model)
@@ -203,8 +205,7 @@ def _checking(process: Any) -> Any:
                 _check_request(request, planner_of(processor.vllm_config))
             except AdaptInferError as error:
                 cache = processor.renderer.mm_processor_cache
-                if cache is not None:
-                    # The front end thinks that the engine has these pictures now, and would not send them again.
+                if cache is not None:  # it thinks that the engine has these pictures now, and would not send them again
                     for feature in request.mm_features:
                         cache.invalidate(feature.mm_hash or feature.identifier)
                 raise VLLMValidationError(str(error)) from None
