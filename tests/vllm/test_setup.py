@@ -92,6 +92,15 @@ def test_settings_that_do_not_fit(configured):
         configured('{"method": "magic"}')
 
 
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [("divprune", "divprune selects before the language model"), ("v2drop", "v2drop needs output")],
+)
+def test_methods_that_vllm_cannot_run(configured, method, sentence):
+    with pytest.raises(UnsupportedError, match=sentence):
+        configured(f'{{"method": "{method}", "budget": 0.4}}')
+
+
 def test_models_that_cannot_be_pruned(configured, folder, tmp_path):
     import shutil
 

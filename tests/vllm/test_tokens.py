@@ -6,7 +6,7 @@ import pytest
 import vision
 from conftest import engine, inputs, parameters, picture, request, served, words
 
-from adaptinfer import AdaptInfer, Random, Schedule, Stage
+from adaptinfer import AdaptInfer, FastV, Random, Schedule, Stage
 
 THREE = Schedule((Stage(1, 30), Stage(2, 12), Stage(4, 3)), 6, vision_tokens=49)
 SIZES = ((28, 28), (56, 28), (28, 56), (84, 28), (20, 60), (50, 50))
@@ -23,10 +23,18 @@ def mixed(count: int, first: int = 0, **more) -> list:
         ("llava", AdaptInfer(schedule=THREE)),
         ("llava", AdaptInfer(schedule=THREE, positions="compact", prior_weight=0.5)),
         ("llava", AdaptInfer(budget=0.4)),
+        ("llava", FastV(schedule=Schedule((Stage(2, 12),), 6, vision_tokens=49))),
         ("llava", Random(schedule=Schedule((Stage(0, 9), Stage(4, 0)), 6, vision_tokens=49))),
         ("llava_next", AdaptInfer(budget=0.4)),
     ],
-    ids=["three stages", "compact positions", "a share of each prompt", "random, none left", "pictures of many sizes"],
+    ids=[
+        "three stages",
+        "compact positions",
+        "a share of each prompt",
+        "FastV",
+        "random, none left",
+        "pictures of many sizes",
+    ],
 )
 def test_mixed_requests_at_once(folder, reference, model, pruner):
     requests = mixed(80, sizes=SIZES if model == "llava_next" else SIZES[:1])

@@ -49,10 +49,10 @@ def from_pretrained(path: str | Path) -> Pruner:
         raise PrunerError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise PrunerError(f"{file}: format: not an AdaptInfer pruner (expected {_FORMAT!r})")
-    return from_document(content, file)
+    return from_document(content, str(file))
 
 
-def from_document(content: dict[str, Any], where: str | Path) -> Pruner:
+def from_document(content: dict[str, Any], where: str) -> Pruner:
     """A pruner from the JSON object that `to_document` made; format and version may be missing.
 
     Args:
@@ -69,7 +69,7 @@ def from_document(content: dict[str, Any], where: str | Path) -> Pruner:
     version = settings.pop("version", _VERSION)
     if version != _VERSION:
         raise PrunerError(f"{where}: version: {version!r} is not readable here ({_VERSION} is); upgrade adaptinfer")
-    return _read(settings, str(where))
+    return _read(settings, where)
 
 
 def _plain(value: Any) -> Any:

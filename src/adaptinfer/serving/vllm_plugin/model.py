@@ -49,6 +49,7 @@ class Pruning:
         self._step: Step | None = None
         self._batch: Batch | None = None
         self._step_length = self._length = 0  # tokens in the step, and given to the present layer
+        self._hidden: Tensor | None = None  # that entered the present layer, if it is a stage's
         self._decoder = model.model.get_decoder()
         self._attentions = [
             getattr(model.get_submodule(model.attention_fusers[number][0]), VLLM_ATTN_ATTR)
@@ -79,7 +80,7 @@ class Pruning:
 
     def end(self) -> None:
         """Forget the forward."""
-        self._step = self._batch = None
+        self._step = self._batch = self._hidden = None
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
@@ -134,6 +135,7 @@ class Pruning:
         if survivors is not None:
             hidden = hidden.index_select(1, survivors)
         self._length = hidden.shape[1]
+        self._hidden = hidden[0] if step.stage(number) is not None else None
         kwargs = {**kwargs, **step.inputs(number, kwargs, functools.partial(self._compact_positions, number, hidden))}
         return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
 
@@ -160,7 +162,9 @@ class Pruning:
         step = self._step
         if step is not None and step.stage(number) is not None:
             query, key = (tensor.view(tensor.shape[0], -1, attention.head_size) for tensor in (query, key))
-            step.choose(number, query.transpose(0, 1), key.transpose(0, 1), heads, self.planner.pruner)
+            pruner, hidden = self.planner.pruner, self._hidden
+            assert hidden is not None
+            step.choose(number, query.transpose(0, 1), key.transpose(0, 1), hidden, heads, pruner)
         return output
 
     @staticmethod

@@ -12,11 +12,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from adaptinfer.errors import UnsupportedError
-from adaptinfer.pruners import Pruner
-from adaptinfer.pruners.before import SelectsBefore
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from adaptinfer.pruners import Pruner
 
 __all__ = ["Planner", "Prompt", "Row", "Segment", "plan_step"]
 
@@ -65,14 +65,8 @@ class Planner:
 
     def __init__(self, pruner: Pruner, num_layers: int) -> None:
         """Raises:
-        UnsupportedError: the pruner looks at more than queries and keys of its stage's layer.
-        ScheduleError: its schedule is for a model of another depth.
+        ScheduleError: the pruner's schedule is for a model of another depth.
         """
-        if type(pruner).select is not Pruner.select or pruner.needs or isinstance(pruner, SelectsBefore):
-            raise UnsupportedError(
-                f"AdaptInfer in vLLM: {pruner.name} looks at more than queries and keys of one layer, and vLLM gives "
-                "attention no more; adaptinfer, fastv and random are served"
-            )
         self.pruner = pruner
         self.num_layers = num_layers
         self._given: dict[int, tuple[int, ...]] = {}

@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from adaptinfer.errors import AdaptInferError, UnsupportedError
+from adaptinfer.pruners.before import SelectsBefore
 from adaptinfer.serving.settings import pruner_from, to_json
 from adaptinfer.serving.vllm_plugin.plan import Planner
 
@@ -250,7 +251,22 @@ def _check_configuration(config: Any) -> None:
     for reason, applies in refused.items():
         if applies:
             raise UnsupportedError(f"AdaptInfer in vLLM: {reason}; such a model cannot be pruned here")
-    planner_of(config)  # raises if the schedule is for another depth
+    _check_method(planner_of(config))  # the planner raises if the schedule is for another depth
+
+
+def _check_method(planner: Planner) -> None:
+    """Refuse methods that read what vLLM does not show a layer, or that select before the language model."""
+    pruner = planner.pruner
+    if pruner.needs:
+        raise UnsupportedError(
+            f"AdaptInfer in vLLM: {pruner.name} needs {', '.join(sorted(pruner.needs))}, and in vLLM a method reads "
+            "queries, keys and hidden states of its own layer; use one that does with these, such as fastv"
+        )
+    if isinstance(pruner, SelectsBefore):
+        raise UnsupportedError(
+            f"AdaptInfer in vLLM: {pruner.name} selects before the language model, and vLLM has counted the prompt's "
+            "tokens by then; use a method that prunes inside it"
+        )
 
 
 def _set_configuration(config: Any, wanted: int | None) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adaptinfer.engine.stage import StageView
-from adaptinfer.functional import positions_of, top_k_mask
+from adaptinfer.functional import positions_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -61,13 +61,14 @@ class Step:
         """The segment that ends in this layer by dropping tokens."""
         return self._stages.get(layer)
 
-    def choose(self, layer: int, query: Tensor, key: Tensor, heads: Heads, pruner: Pruner) -> None:
+    def choose(self, layer: int, query: Tensor, key: Tensor, hidden: Tensor, heads: Heads, pruner: Pruner) -> None:
         """Score the vision tokens of each row that drops some in this layer, and settle what goes on.
 
         Args:
             layer: the stage's.
             query: [H, N, D] after rotary embedding, the N tokens of the whole step; H and K are this rank's.
             key: [K, N, D].
+            hidden: [N, d], hidden states that entered the layer.
             heads: of the layer.
             pruner: scores.
         """
@@ -78,17 +79,23 @@ class Step:
                 places = torch.arange(start, start + given, device=self._device)
                 if number in segment.stage:
                     part = slice(start, start + given)
-                    view = self._view(number, layer, query[:, part], key[:, part], segment.missing[number], heads)
-                    places = places[self._keep(number, view, pruner.score(view), segment.stage[number])]
+                    view = self._view(
+                        number, layer, query[:, part], key[:, part], hidden[part], segment.missing[number], heads
+                    )
+                    keep = segment.stage[number]
+                    places = places[self._keep(number, view, pruner.select(view, (keep,)).kept, keep)]
                 parts.append(places)
                 start += given
             self.survivors = torch.cat(parts)
 
-    def _view(self, number: int, layer: int, query: Tensor, key: Tensor, dropped: int, heads: Heads) -> StageView:
+    def _view(
+        self, number: int, layer: int, query: Tensor, key: Tensor, hidden: Tensor, dropped: int, heads: Heads
+    ) -> StageView:
         """A stage's view of one row; ``dropped`` of its vision tokens, all before its text, are gone already."""
         device = self._device
         columns = torch.arange(query.shape[1], device=device)
         start, stop = self._rows[number].prompt.text
+        vision = self._vision_of(number)
         return StageView(
             layer=layer,
             query=query[None],
@@ -98,14 +105,14 @@ class Step:
             softcap=heads.softcap,
             text_index=torch.arange(start - dropped, stop - dropped, device=device)[None],
             text_mask=None,
-            vision_index=self._vision_of(number),
+            vision_index=vision,
             vision_mask=None,
-            vision_counts=(self._vision_of(number).shape[1],),
+            vision_counts=(vision.shape[1],),
             valid=None,
             first=dropped == 0,
+            hidden=hidden[None],
             total=heads.total,
             all_heads=heads.all_heads,
-            hidden=query.new_empty(1, query.shape[1], 0),  # attention is not given them; see `Planner`
         )
 
     def _vision_of(self, number: int) -> Tensor:
@@ -115,10 +122,9 @@ class Step:
             self._vision[number] = torch.cat([torch.arange(*span, device=self._device) for span in spans])[None]
         return self._vision[number]
 
-    def _keep(self, number: int, view: StageView, score: Tensor, keep: int) -> Tensor:
+    def _keep(self, number: int, view: StageView, chosen: Tensor, keep: int) -> Tensor:
         """Places of what survives in one row, int64 [n], ascending; notes where its vision tokens then stand."""
         vision, length = view.vision_index, view.query.shape[2]
-        chosen = top_k_mask(score, torch.ones_like(score, dtype=torch.bool), keep)
         alive = torch.ones(1, length, dtype=torch.bool, device=self._device).scatter(1, vision, chosen)
         kept = vision.gather(1, positions_of(chosen, keep))
         self._vision[number] = (alive.cumsum(dim=1) - 1).gather(1, kept)
