@@ -107,6 +107,11 @@ class Pruner:
         """Whether the choice is made behind the stage's layer, when its outputs are there."""
         return bool(self.needs & {"output", "next"})
 
+    @property
+    def ranks(self) -> bool:
+        """Whether it keeps the tokens with the largest `score`, and that is all there is to its choice."""
+        return type(self).select is Pruner.select
+
     def score(self, view: StageView) -> Tensor:
         """Score the vision tokens that entered a stage; the largest stay.
 

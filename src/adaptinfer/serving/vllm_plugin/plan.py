@@ -68,7 +68,7 @@ class Planner:
         UnsupportedError: the pruner looks at more than queries and keys of its stage's layer.
         ScheduleError: its schedule is for a model of another depth.
         """
-        if type(pruner).select is not Pruner.select or pruner.needs or isinstance(pruner, SelectsBefore):
+        if not pruner.ranks or pruner.needs or isinstance(pruner, SelectsBefore):
             raise UnsupportedError(
                 f"AdaptInfer in vLLM: {pruner.name} looks at more than queries and keys of one layer, and vLLM gives "
                 "attention no more; adaptinfer, fastv and random are served"
