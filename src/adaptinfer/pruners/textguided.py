@@ -140,10 +140,10 @@ class TextGuided(Pruner):
         if self.heads == 1:
             return None
         view.need_all_heads(f"{self.name} with heads={self.heads} chooses among heads")
-        mass = torch.cat([_to_vision(part, rows == 1).sum(dim=(2, 3)) for part in view.by_heads(rows)], dim=1)
-        return top_k_mask(
-            mass, torch.ones_like(mass, dtype=torch.bool), max(1, math.floor(self.heads * mass.shape[1] + 0.5))
-        )
+        votes = (_to_vision(part, rows == 1) for part in view.by_heads(rows))
+        mass = torch.cat([some.sum(dim=(2, 3)) for some in votes], dim=1)
+        count = max(1, math.floor(self.heads * view.all_heads + 0.5))
+        return top_k_mask(mass, torch.ones_like(mass, dtype=torch.bool), count)
 
     def _points(self, view: StageView) -> Tensor:
         """What coverage compares, [B, V, ..]."""
@@ -218,5 +218,6 @@ def farthest_added(points: Tensor, kept: Tensor, left: Tensor, counts: Sequence[
     for number in range(max(counts)):
         best = likeness.masked_fill(~left | added, float("inf")).argmin(dim=1, keepdim=True)
         added = added | (torch.zeros_like(kept).scatter(1, best, True) & (number < wanted))
-        likeness = torch.maximum(likeness, (points @ gather_tokens(points, best, dim=1).transpose(1, 2))[..., 0])
+        new = gather_tokens(points, best, dim=1)
+        likeness = torch.maximum(likeness, (points @ new.transpose(1, 2))[..., 0])
     return added
