@@ -589,7 +589,7 @@ MUTANTS = [
         "pruners/textguided.py",
         "    return attention if view.vision_mask is None else attention * view.vision_mask[:, None, None, :]",
         "    return attention",
-        "tests/test_textguided.py::test_it_keeps_what_its_formula_says",
+        "tests/test_textguided.py::test_fillers_weigh_nothing",
     ),
     Mutant(
         "TextGuided: heads are those that look least at the picture",

@@ -119,6 +119,17 @@ def test_it_keeps_what_its_formula_says(models, options):
     keeps_what_the_formula_says(models, "sdpa", pruner, lambda layer, keep: slowly(layer, **options))
 
 
+@pytest.mark.parametrize("options", [{"words": "soft", "normalised": True}, {"words": "max", "heads": 0.25}], ids=named)
+def test_fillers_weigh_nothing(models, options):
+    """The scores of a sample are its own, though a batch fills its vision tokens up to those of another one."""
+    samples, pruner = prompts("llava"), TextGuided(schedule=Schedule((Stage(1, 0.4),), tiny.LAYERS), **options)
+    _, together = run(models("llava"), tiny.batch("llava", samples), pruner)
+    for b, sample in enumerate(samples):
+        _, alone = run(models("llava"), tiny.batch("llava", [sample]), pruner)
+        (one,), (other,) = alone.stages, together.stages
+        torch.testing.assert_close(one.scores[0], other.scores[b, : one.scores.shape[1]], atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("covers", ["hidden", "even"])
 @pytest.mark.parametrize("words", ["soft", "union"])
 def test_coverage_is_what_its_formula_says(models, covers, words):
