@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_methods import prompts, run
 from test_methods_inside import STAGES, keeps_what_the_formula_says
+from transformers import StaticCache
 
 from adaptinfer import (
     AdaptInfer,
@@ -24,9 +25,10 @@ from adaptinfer import (
     Stage,
     TextGuided,
     UnsupportedError,
+    attach,
     from_pretrained,
 )
-from adaptinfer.pruners.textguided import farthest_added, in_turn
+from adaptinfer.pruners.textguided import farthest_added, holding, in_turn
 from adaptinfer.serving.vllm_plugin.plan import Planner
 
 HEADS, KV_HEADS = 4, 2  # of tiny.llava
@@ -238,6 +240,79 @@ def test_as_many_are_added_as_wanted(rows):
     added = farthest_added(points, kept, real & ~kept, [more for _, _, more in rows])
     assert added.sum(dim=1).tolist() == [more for _, _, more in rows]
     assert not (added & (kept | ~real)).any()
+
+
+# -- counts that vary -----------------------------------------------------------------------------------------------
+
+
+def test_holding_worked_by_hand():
+    """4 + 3 of 10 are 0.7, and so is the next row's 7; zeros are never needed, one token always is."""
+    score = torch.tensor([[1.0, 4.0, 2.0, 3.0], [7.0, 0.0, 3.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    assert [holding(score, share).tolist() for share in (0.0, 0.69, 0.71, 1.0)] == [
+        [1, 1, 1],
+        [2, 1, 1],
+        [3, 2, 1],
+        [4, 2, 1],
+    ]
+
+
+def test_each_sample_keeps_what_holds_the_mass(models):
+    """Never more than planned, in a batch as alone, and the report says what was kept."""
+    samples, model = prompts("llava"), models("llava")
+    pruner = TextGuided(schedule=Schedule((Stage(1, 0.5), Stage(3, 0.9)), tiny.LAYERS), mass=0.35)
+    inputs = tiny.batch("llava", samples)
+    _, report = run(model, inputs, pruner)
+    counts = [[len(row) for row in stage] for stage in report.kept]
+    planned = [pruner.schedule.keeps(count) for count in report.vision_tokens]
+    assert any(counts[0][b] < planned[b][0] for b in range(3)) and len({*counts[0]}) > 1
+    for b, sample in enumerate(samples):
+        now = report.vision_tokens[b]
+        for s, stage in enumerate(report.stages):
+            votes = report.scores[s][b].double().sort(descending=True).values
+            assert len(votes) == now
+            needed = 1 + int((votes.cumsum(0) < 0.35 * votes.sum()).sum())
+            now = min(needed, planned[b][s], now)
+            assert counts[s][b] == now
+            assert report.tokens_per_layer[b][stage.layer + 1] == now
+        _, alone = run(model, tiny.batch("llava", [sample]), pruner)
+        pad = inputs["input_ids"].shape[1] - len(sample)
+        for s in range(2):
+            assert (report.kept[s][b] - pad).tolist() == alone.kept[s][0].tolist()
+    kept = sum(sum(tokens) for tokens in report.tokens_per_layer) / tiny.LAYERS
+    assert sum(report.true_average) == pytest.approx(kept)
+
+
+@pytest.mark.parametrize("options", [{}, {"coverage": 0.3, "words": "max"}], ids=named)
+def test_varying_counts_are_the_masked_run(models, options):
+    method = made({"mass": 0.3, **options})
+    test_methods.test_pruned_is_the_masked_run(models, method, "llava", "keep")
+    test_methods.test_alone_and_in_a_batch(models, method, "llava")
+
+
+def test_varying_counts_behind_a_selection(models):
+    pruner = DivPrune(budget=0.5) >> TextGuided(budget=0.3, mass=0.3)
+    assert pruner.varies
+    _, report = run(models("llava"), tiny.batch("llava", prompts("llava")), pruner)
+    assert [len(row) for row in report.kept[0]] == [25, 49, 25]
+    for average, count in zip(report.true_average, report.vision_tokens, strict=True):
+        assert average <= 0.3 * count + 0.5
+
+
+def test_varying_counts_are_refused_where_they_must_be_known(models):
+    model = models("llava")
+    inputs = tiny.batch("llava", [tiny.simple("llava")])
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=160)
+    with attach(model, TextGuided(schedule=STAGES, mass=0.5)), torch.no_grad():
+        with pytest.raises(UnsupportedError, match="textguided settles how many .* static cache"):
+            model(**inputs, past_key_values=cache)
+        with pytest.raises(UnsupportedError, match="static cache"):
+            model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(UnsupportedError, match=r"vLLM must be told beforehand; let counts be fixed"):
+        Planner(TextGuided(budget=0.3, mass=0.5), 6)
+    with pytest.raises(PrunerError, match="mass: the union of words"):
+        TextGuided(budget=0.3, mass=0.5, words="union")
+    with pytest.raises(PrunerError, match="mass: must be a number from 0 to 1"):
+        TextGuided(budget=0.3, mass=1.5)
 
 
 # -- what every method must do --------------------------------------------------------------------------------------

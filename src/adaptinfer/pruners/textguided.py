@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from adaptinfer.engine.stage import StageView
 
-__all__ = ["Covers", "TextGuided", "Words", "farthest_added", "in_turn"]
+__all__ = ["Covers", "TextGuided", "Words", "farthest_added", "holding", "in_turn"]
 
 Words = Literal["soft", "uniform", "last", "max", "union"]
 Covers = Literal["hidden", "keys", "even"]
@@ -52,6 +52,9 @@ class TextGuided(Pruner):
         covers: in which sense: each next token is the one least like everything kept, by cosine of the ``hidden``
             states that entered the layer or of its ``keys`` (all heads', with position); or ``even``, spread evenly
             over what votes left.
+        mass: a stage keeps no more of a sample's best tokens than hold this share of all votes that it sees, at least
+            one. The budget, or the schedule, is then the most that a sample keeps, and what it kept is in the report.
+            It costs one host read a stage, and a batch is filled up to its longest sample. None keeps counts fixed.
     """
 
     name: ClassVar[str] = "textguided"
@@ -63,6 +66,7 @@ class TextGuided(Pruner):
     rotary: bool = True
     coverage: float = 0.0
     covers: Covers = "hidden"
+    mass: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,6 +82,12 @@ class TextGuided(Pruner):
             raise PrunerError("heads: must be a share above 0, or no head would count")
         if self.coverage == 1:
             raise PrunerError("coverage: must be a share below 1; for coverage alone take DivPrune or Stride")
+        if self.mass is not None:
+            check_setting("mass", self.mass, 0, 1)
+            if self.words == "union":
+                raise PrunerError(
+                    "mass: the union of words only ranks tokens, so there are no votes to add up; take another"
+                )
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -85,7 +95,11 @@ class TextGuided(Pruner):
 
     @property
     def ranks(self) -> bool:
-        return not self.coverage
+        return not self.coverage and not self.varies
+
+    @property
+    def varies(self) -> bool:
+        return self.mass is not None
 
     def score(self, view: StageView) -> Tensor:
         seen = view if self.rotary else view.without_rotary
@@ -104,20 +118,25 @@ class TextGuided(Pruner):
         return votes.amax(dim=1)  # over one row, but for "max"
 
     def select(self, view: StageView, keeps: tuple[int, ...]) -> Selection:
-        if not self.coverage:
+        if self.ranks:
             return super().select(view, keeps)
         score, device = self.score(view), view.query.device
         candidates = torch.ones_like(score, dtype=torch.bool) if view.vision_mask is None else view.vision_mask
+        if self.mass is not None:
+            needed = holding(score.masked_fill(~candidates, 0.0), self.mass).tolist()  # the host waits for the device
+            keeps = tuple(map(min, keeps, needed))
         more = [int(Fraction(repr(float(self.coverage))) * keep) for keep in keeps]
         by_votes = [keep - covering for keep, covering in zip(keeps, more, strict=True)]
         kept = top_k_mask(score, candidates, per_sample(by_votes, device))
+        if not self.coverage:
+            return Selection(kept, score, keeps=keeps)
         left = candidates & ~kept
         if self.covers == "even":
             rest = [count - voted for count, voted in zip(view.vision_counts, by_votes, strict=True)]
             even = evenly_spaced(rest, more, device)
             place = (left.cumsum(dim=1) - 1).clamp(min=0, max=even.shape[1] - 1)
-            return Selection(kept | (even.gather(1, place) & left), score)
-        return Selection(kept | farthest_added(self._points(view), kept, left, more), score)
+            return Selection(kept | (even.gather(1, place) & left), score, keeps=keeps)
+        return Selection(kept | farthest_added(self._points(view), kept, left, more), score, keeps=keeps)
 
     def _votes(self, view: StageView) -> Tensor:
         """Votes per head [B, H, R, V], added up over text tokens (R = 1) where that does not wait for all heads."""
@@ -162,6 +181,20 @@ def _to_vision(view: StageView, last: bool) -> Tensor:
         if view.text_mask is not None:
             attention = attention * view.text_mask[:, None, :, None]
     return attention if view.vision_mask is None else attention * view.vision_mask[:, None, None, :]
+
+
+def holding(score: Tensor, share: float) -> Tensor:
+    """How many of the largest scores it takes to hold a share of their sum: at least one.
+
+    Args:
+        score: [B, V], none negative.
+        share: from 0 to 1.
+
+    Returns:
+        int64 [B].
+    """
+    held = score.double().sort(dim=1, descending=True).values.cumsum(dim=1)
+    return (held < share * held[:, -1:]).sum(dim=1).clamp(max=score.shape[1] - 1) + 1
 
 
 def in_turn(votes: Tensor, words: Tensor | None = None, candidates: Tensor | None = None) -> Tensor:

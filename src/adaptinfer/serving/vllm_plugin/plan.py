@@ -68,6 +68,11 @@ class Planner:
         UnsupportedError: the pruner looks at more than queries and keys of its stage's layer.
         ScheduleError: its schedule is for a model of another depth.
         """
+        if pruner.varies:
+            raise UnsupportedError(
+                f"AdaptInfer in vLLM: {pruner.name} settles how many tokens of each prompt stay while it runs, and "
+                "vLLM must be told beforehand; let counts be fixed (mass=None)"
+            )
         if not pruner.ranks or pruner.needs or isinstance(pruner, SelectsBefore):
             raise UnsupportedError(
                 f"AdaptInfer in vLLM: {pruner.name} looks at more than queries and keys of one layer, and vLLM gives "
