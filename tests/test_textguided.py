@@ -124,7 +124,9 @@ def test_it_keeps_what_its_formula_says(models, options):
 @pytest.mark.parametrize("options", [{"words": "soft", "normalised": True}, {"words": "max", "heads": 0.25}], ids=named)
 def test_fillers_weigh_nothing(models, options):
     """The scores of a sample are its own, though a batch fills its vision tokens up to those of another one."""
-    samples, pruner = prompts("llava"), TextGuided(schedule=Schedule((Stage(1, 0.4),), tiny.LAYERS), **options)
+    samples = [tiny.simple("llava", before=40, after=30, seed=1), tiny.simple("llava", images=2, after=12)]
+    assert len(samples[0]) == len(samples[1]), "no padding, so what fills the first one up are words"
+    pruner = TextGuided(schedule=Schedule((Stage(1, 0.4),), tiny.LAYERS), **options)
     _, together = run(models("llava"), tiny.batch("llava", samples), pruner)
     for b, sample in enumerate(samples):
         _, alone = run(models("llava"), tiny.batch("llava", [sample]), pruner)
@@ -259,9 +261,18 @@ def test_holding_worked_by_hand():
 def test_each_sample_keeps_what_holds_the_mass(models):
     """Never more than planned, in a batch as alone, and the report says what was kept."""
     samples, model = prompts("llava"), models("llava")
-    pruner = TextGuided(schedule=Schedule((Stage(1, 0.5), Stage(3, 0.9)), tiny.LAYERS), mass=0.35)
+    asked = []
+
+    class Looking(TextGuided):
+        def select(self, view, keeps):
+            asked.append((keeps, view.vision_counts))
+            return super().select(view, keeps)
+
+    pruner = Looking(schedule=Schedule((Stage(1, 0.5), Stage(3, 0.9)), tiny.LAYERS), mass=0.35)
     inputs = tiny.batch("llava", samples)
     _, report = run(model, inputs, pruner)
+    for keeps, entered in asked:
+        assert all(keep <= count for keep, count in zip(keeps, entered, strict=True))
     counts = [[len(row) for row in stage] for stage in report.kept]
     planned = [pruner.schedule.keeps(count) for count in report.vision_tokens]
     assert any(counts[0][b] < planned[b][0] for b in range(3)) and len({*counts[0]}) > 1
