@@ -60,11 +60,14 @@ def single_changes() -> list[Setting]:
 
 
 def candidates(count: int, seed: int) -> list[Setting]:
-    """Single changes, then ``count`` random combinations, all different; the same for the same seed."""
+    """Single changes, then ``count`` random combinations, all different; the same for the same seed.
+
+    In a combination every axis is AdaptInfer's half of the time: what is wrong in many places teaches little of each.
+    """
     found, rng = single_changes(), random.Random(seed)
     wanted = len(found) + count
     while len(found) < wanted:
-        setting = canonical({axis: rng.choice(values) for axis, values in AXES.items()})
+        setting = canonical({axis: rng.choice(rng.choice((values, values[:1]))) for axis, values in AXES.items()})
         if setting not in found and setting != PLAIN:
             found.append(setting)
     return found

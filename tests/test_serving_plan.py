@@ -59,7 +59,7 @@ def test_a_budget_out_of_reach_is_refused_by_name():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_that_looks_at_more_is_refused_by_name(name):
-    if name in ("adaptinfer", "fastv", "random", "fitprune"):
+    if name in ("adaptinfer", "fastv", "random", "fitprune", "textguided"):
         assert Planner(METHODS[name](budget=64), 4).prompt(300, [(0, 200)]).prunes
     else:
         with pytest.raises(UnsupportedError, match=rf"vLLM: {re.escape(name)} looks at more"):
