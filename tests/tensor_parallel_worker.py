@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers.cache_utils import StaticLayer
 from transformers.distributed import DistributedConfig
 
-from adaptinfer import METHODS, AdaptInfer, Random, Schedule, Stage, UnsupportedError, attach, disabled
+from adaptinfer import METHODS, AdaptInfer, Random, Schedule, Stage, TextGuided, UnsupportedError, attach, disabled
 from adaptinfer.engine import parallel
 
 STAGES = Schedule((Stage(1, 20), Stage(3, 6)), tiny.LAYERS)
@@ -82,6 +82,9 @@ def cells(family: str):
     yield "late drop", AdaptInfer(schedule=STAGES), padded, {"early_drop": False}
     yield "no prior, padded", AdaptInfer(schedule=STAGES, prior_weight=0.0), padded, {}
     yield "beams", AdaptInfer(schedule=STAGES), padded, {"num_beams": 2}
+    union = TextGuided(schedule=shares, words="union", normalised=True, rotary=False, coverage=0.3)
+    yield "union of words, coverage", union, padded, {}
+    yield "counts that vary", TextGuided(schedule=shares, words="max", mass=0.3), padded, {}
     for name in METHODS_THAT_SPLIT:
         yield name, METHODS[name](schedule=shares), padded, {}
     if "cumulative_length" in getattr(StaticLayer, "__annotations__", {}):  # transformers 5.5
@@ -97,7 +100,7 @@ def compare(family: str, attention: str, path: Path, kind, ranks: int, quick: bo
     if quick and family != "llava":
         return
     if quick:
-        for name, pruner, inputs, options in itertools.islice(cells(family), 8, 11):
+        for name, pruner, inputs, options in itertools.islice(cells(family), 8, 13):
             yield f"{family}, {attention}, {name}", [outcome(m, m, pruner, inputs, **options) for m in (split, whole)]
     pruner = AdaptInfer(schedule=STAGES, prior_weight=0.5)
     expected = outcome(whole, whole, pruner, inputs)
@@ -122,12 +125,13 @@ def guards(family: str, path: Path, kind, ranks: int):
     inputs = tiny.batch(family, [tiny.simple(family, seed=4)])
     with mock.patch.object(parallel, "sum_over_ranks", lambda tensor, group: tensor):
         yield "not reduced", outcome(split, split, AdaptInfer(schedule=STAGES), inputs)
-    for name in ("fitprune", "sparsevlm+"):
-        with attach(split, METHODS[name](schedule=STAGES)), torch.no_grad():
+    refused = [METHODS[name](schedule=STAGES) for name in ("fitprune", "sparsevlm+")]
+    for pruner in (*refused, TextGuided(schedule=STAGES, heads=0.5)):
+        with attach(split, pruner), torch.no_grad():
             try:
                 split(**inputs)
             except UnsupportedError as error:
-                yield f"refused {name}", str(error)
+                yield f"refused {pruner.name}", str(error)
     with attach(split, AdaptInfer(schedule=STAGES)) as handle, torch.no_grad():
         handle._ranks._groups.clear()
         try:

@@ -202,8 +202,11 @@ SLOW = {
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", SLOW)
 def test_it_keeps_what_its_formula_says(models, name, attention):
+    keeps_what_the_formula_says(models, attention, *SLOW[name])
+
+
+def keeps_what_the_formula_says(models, attention, pruner, slow):
     """Two stages of a padded batch with one and two images, a question of one to thirteen words."""
-    pruner, slow = SLOW[name]
     eager = models("llava", "eager")
     samples = [*prompts("llava")[:2], tiny.simple("llava", after=2, seed=4)]
     inputs = tiny.batch("llava", samples)

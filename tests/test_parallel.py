@@ -129,7 +129,7 @@ def test_a_split_without_a_group_is_refused(ranks, models):
     assert "holds 2 of 4 attention heads, but the process group" in ranks()[0]["no group"]
 
 
-@pytest.mark.parametrize("name", ["fitprune", "sparsevlm+"])
+@pytest.mark.parametrize("name", ["fitprune", "sparsevlm+", "textguided"])
 def test_a_score_that_is_no_sum_over_heads_is_refused(ranks, name):
     assert f"{name} " in (said := ranks()[0][f"refused {name}"]) and "holds some of the heads only" in said
 

@@ -27,6 +27,7 @@ __all__ = [
     "positions_of",
     "scatter_tokens",
     "select_top_k",
+    "soft_prior",
     "text_guided_score",
     "text_guided_sums",
     "top_k_mask",
@@ -86,11 +87,23 @@ def text_guided_sums(
     if text_mask is not None:
         attention = attention * (text_mask[:, None, :, None] & text_mask[:, None, None, :])
         to_vision = to_vision * text_mask[:, None, :, None]
-    # Σ_i S_ij, without making S: column sum and row sum of A, less the diagonal, which stands in both.
-    prior = attention.sum(dim=2) + attention.sum(dim=3) - attention.diagonal(dim1=2, dim2=3)
+    prior = soft_prior(attention)
     # Products and sums, not a matrix product: autocast would take that in half precision.
     weighted = (prior[..., None] * to_vision).sum(dim=(1, 2))
     return weighted, to_vision.sum(dim=(1, 2)), prior.sum(dim=(1, 2))
+
+
+def soft_prior(text_to_text: Tensor) -> Tensor:
+    """How much each text token matters, by attention between text tokens: w_j = Σ_i S_ij with S = A + Aᵀ - diag(A).
+
+    Args:
+        text_to_text: [B, H, T, T], rows are queries; zeros where a row or column is padding.
+
+    Returns:
+        [B, H, T].
+    """
+    # Without making S: column sum and row sum of A, less the diagonal, which stands in both.
+    return text_to_text.sum(dim=2) + text_to_text.sum(dim=3) - text_to_text.diagonal(dim1=2, dim2=3)
 
 
 def combine_sums(sums: Sequence[Tensor], heads: int, real_rows: int | Tensor, prior_weight: float) -> Tensor:

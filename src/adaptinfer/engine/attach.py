@@ -21,6 +21,7 @@ from adaptinfer.engine.families import attention_of, family_of, is_flash, own_at
 from adaptinfer.engine.forward import ACTIVE, Forward, decoding_inputs
 from adaptinfer.engine.guards import (
     arguments_of,
+    check_counts,
     check_flash,
     check_forward,
     check_generate,
@@ -45,7 +46,7 @@ from adaptinfer.functional import gather_tokens, scatter_tokens
 from adaptinfer.pruners.base import Pruner
 from adaptinfer.pruners.before import SelectsBefore
 from adaptinfer.pruners.tome import ToMe
-from adaptinfer.schedule import BEFORE, ModelShape, Schedule, ScheduleError
+from adaptinfer.schedule import BEFORE, ModelShape, Schedule, ScheduleError, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -447,6 +448,7 @@ class Handle:
                 if cache is not None:
                     check_cache(cache)
                     check_past(self.pruner, cache, past)
+                    check_counts(self.pruner, cache)
                 if self.early_drop:
                     self._hook_stages(stages)
         tail = length if layout is None else layout.tail
@@ -585,14 +587,23 @@ class Handle:
         report = self._make_report(forward, layout)
         self._thread.report = self._latest = report
 
+    def _schedules(self, forward: Forward, layout: PromptLayout) -> tuple[Schedule, ...]:
+        """Of each sample; what really happened where counts vary, else the plan."""
+        depth = self._shape.num_layers
+        if not self.pruner.varies:
+            return tuple(self.plan(count) if count else Schedule((), depth) for count in layout.vision_counts)
+        return tuple(
+            Schedule(tuple(Stage(layer, keeps[row]) for layer, keeps in forward.keeps.items()) if count else (), depth)
+            for row, count in enumerate(layout.vision_counts)
+        )
+
     def _make_report(self, forward: Forward, layout: PromptLayout) -> Report:
         assert forward.past is not None
-        keep_all = Schedule((), self._shape.num_layers)
         held, whole = kv_bytes(forward.cache)
         vision = tuple(map(operator.add, layout.vision_counts, layout.unguided_counts))
         return Report(
             shape=self._shape,
-            schedules=tuple(self.plan(count) if count else keep_all for count in layout.vision_counts),
+            schedules=self._schedules(forward, layout),
             vision_tokens=vision,
             text_tokens=tuple(map(operator.sub, layout.real_counts, vision)),
             cached_tokens=forward.past,

@@ -76,6 +76,7 @@ class Stages:
     ) -> None:
         self.past, self.length, self.layout = past, length, layout
         self.records: list[StageRecord] = []
+        self.keeps: dict[int, tuple[int, ...]] = {}  # of each stage that was met, per sample
         self._observed: set[int] = set()
         self.cache: Any = None
         self.segment: Segment | None = None
@@ -143,12 +144,15 @@ class Stages:
 
     def _select(self, view: StageView) -> Selection:
         """Let the pruner choose, and settle it."""
+        # No more than entered: where counts vary, an earlier stage may have kept fewer than was planned for this one.
+        planned = tuple(map(min, self._stages[view.layer], self._counts))
         with _without_autocast(view.query.device):
-            selection = self._pruner.select(view, self._stages[view.layer])
+            selection = self._pruner.select(view, planned)
         candidates = view.vision_mask
         if candidates is None:
             candidates = torch.ones_like(view.vision_index, dtype=torch.bool)
-        self._settle(view.layer, view.vision_index, candidates, selection.kept, selection.score)
+        keeps = selection.keeps or planned
+        self._settle(view.layer, view.vision_index, candidates, selection.kept, selection.score, keeps)
         self._entered = self._waiting = None
         if len(self.records) == len(self._stages):
             self._embeddings = None
@@ -174,7 +178,7 @@ class Stages:
                 self._stages[BEFORE],
             )
         candidates = torch.ones_like(selection.kept) if vision_mask is None else vision_mask
-        self._settle(BEFORE, vision_index, candidates, selection.kept, selection.score)
+        self._settle(BEFORE, vision_index, candidates, selection.kept, selection.score, self._stages[BEFORE])
         return hidden
 
     def _view(self, layer: int, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> StageView:
@@ -235,17 +239,26 @@ class Stages:
         real = self.layout.real
         return self.layout.vision.to(device), self.layout.text.to(device), None if real is None else real.to(device)
 
-    def _settle(self, layer: int, vision_index: Tensor, candidates: Tensor, chosen: Tensor, score: Tensor) -> None:
+    def _settle(
+        self,
+        layer: int,
+        vision_index: Tensor,
+        candidates: Tensor,
+        chosen: Tensor,
+        score: Tensor,
+        keeps: tuple[int, ...],
+    ) -> None:
         """Make the segment of what goes on behind a stage, and its record.
 
         Args:
             layer: the stage's.
             vision_index: int64 [B, V], the vision tokens among those that the layer was given.
             candidates: bool [B, V], which of them are real.
-            chosen: bool [B, V], which of them stay: as many as the stage keeps.
+            chosen: bool [B, V], which of them stay.
             score: [B, V].
+            keeps: how many those are in each sample.
         """
-        layout, segment, keeps = self.layout, self.segment, self._stages[layer]
+        layout, segment = self.layout, self.segment
         assert layout is not None and self.past is not None
         segment = None if segment is None else segment.to(vision_index.device)
         vision, text, valid = self._tokens(vision_index.device)
@@ -276,7 +289,7 @@ class Stages:
                 tokens=relative.shape[1],
             )
         )
-        self._counts = keeps
+        self._counts = self.keeps[layer] = keeps
 
     def _entries_in_use(self, layer: int, columns: int) -> int:
         """How many of a layer's key columns hold something; the last of them are those of this call."""

@@ -6,7 +6,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from adaptinfer.engine.cache import PrunedLayer, cache_argument, check_cache
 from adaptinfer.engine.families import check_backend
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "arguments_of",
+    "check_counts",
     "check_flash",
     "check_forward",
     "check_generate",
@@ -153,6 +154,23 @@ def check_past(pruner: Pruner, cache: Any, past: int) -> None:
         raise UnsupportedError(
             f"{pruner.name} reads the cached keys of the layer behind a stage, so a new image in a later turn needs a "
             f"plain DynamicCache; begin with an empty cache, {_ESCAPE}"
+        )
+
+
+def check_counts(pruner: Pruner, cache: Any) -> None:
+    """Refuse static caches for a pruner that settles how many tokens stay while it runs.
+
+    Args:
+        pruner: about to prune.
+        cache: that the call was given.
+
+    Raises:
+        UnsupportedError: some layer of the cache is static.
+    """
+    if pruner.varies and any(isinstance(layer, StaticLayer) for layer in cache.layers):
+        raise UnsupportedError(
+            f"{pruner.name} settles how many tokens of each sample stay while it runs, and a static cache must be told "
+            "beforehand; leave cache_implementation unset, or let counts be fixed (mass=None)"
         )
 
 

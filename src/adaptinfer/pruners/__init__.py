@@ -21,6 +21,7 @@ from adaptinfer.pruners.random import Random
 from adaptinfer.pruners.sparsevlm import SparseVLM, SparseVLMPlus
 from adaptinfer.pruners.starpro import Coverage, STARPro
 from adaptinfer.pruners.stride import Stride
+from adaptinfer.pruners.textguided import TextGuided
 from adaptinfer.pruners.tome import ToMe
 from adaptinfer.pruners.v2drop import V2Drop
 from adaptinfer.pruners.visionzip import VisionZip
@@ -54,6 +55,7 @@ __all__ = [
     "SparseVLMPlus",
     "Stride",
     "StrideBefore",
+    "TextGuided",
     "ToMe",
     "V2Drop",
     "VScan",
@@ -73,6 +75,7 @@ _INSIDE = (
     FEATHER,
     V2Drop,
     FitPrune,
+    TextGuided,
 )
 
 _BEFORE = (

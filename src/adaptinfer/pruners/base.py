@@ -45,11 +45,13 @@ class Selection:
         score: float [B, V], what the report shows of each token.
         hidden: [B, V, d] hidden states with which the kept tokens go on, where some were merged; None if none was.
             Only methods that need "output" or "next" can change them, for only these act behind the layer.
+        keeps: how many of each sample are kept, where the method settled that itself (see `Pruner.varies`).
     """
 
     kept: Tensor
     score: Tensor
     hidden: Tensor | None = None
+    keeps: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +108,20 @@ class Pruner:
     def acts_behind(self) -> bool:
         """Whether the choice is made behind the stage's layer, when its outputs are there."""
         return bool(self.needs & {"output", "next"})
+
+    @property
+    def ranks(self) -> bool:
+        """Whether it keeps the tokens with the largest `score`, and that is all there is to its choice."""
+        return type(self).select is Pruner.select
+
+    @property
+    def varies(self) -> bool:
+        """Whether it may keep fewer tokens of a sample than the schedule says, by what it sees of it.
+
+        Counts are then known only when a stage has looked, which costs one host read a stage and rules out whatever
+        needs them beforehand: static caches, captured graphs, vLLM.
+        """
+        return False
 
     def score(self, view: StageView) -> Tensor:
         """Score the vision tokens that entered a stage; the largest stay.

@@ -38,6 +38,10 @@ class TwoPart(SelectsBefore, Pruner):
     def needs(self) -> frozenset[Need]:
         return self.parts[1].needs
 
+    @property
+    def varies(self) -> bool:
+        return self.parts[1].varies
+
     def select_before(self, view: FeatureView) -> Selection:
         return self.parts[0].select_before(view)
 

@@ -257,6 +257,11 @@ def _check_configuration(config: Any) -> None:
 def _check_method(planner: Planner) -> None:
     """Refuse methods that read what vLLM does not show a layer, or that select before the language model."""
     pruner = planner.pruner
+    if pruner.varies:
+        raise UnsupportedError(
+            f"AdaptInfer in vLLM: {pruner.name} settles how many tokens of each prompt stay while it runs, and vLLM must "
+            "be told beforehand; let counts be fixed (mass=None)"
+        )
     if pruner.needs:
         raise UnsupportedError(
             f"AdaptInfer in vLLM: {pruner.name} needs {', '.join(sorted(pruner.needs))}, and in vLLM a method reads "

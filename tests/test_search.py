@@ -1,0 +1,132 @@
+"""The search for our best configuration: what it tries, that budgets are met, halving, and going on after a stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptinfer import AdaptInfer, Composed, ScheduleError, TextGuided, from_pretrained
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import search
+import search_space
+from search_space import AXES, PLAIN, candidates, canonical, pruner_of, reference, single_changes, told
+
+
+def test_candidates_are_single_changes_and_then_random_ones():
+    singles, found = single_changes(), candidates(25, seed=3)
+    assert found[: len(singles)] == singles and len(found) == len(singles) + 25
+    assert found == candidates(25, seed=3) != candidates(25, seed=4)
+    assert candidates(5, seed=3) == found[: len(singles) + 5], "more candidates are more of the same"
+    assert all(setting == canonical(setting) != PLAIN for setting in found)
+    assert len({json.dumps(setting) for setting in found}) == len(found)
+    for axis, values in AXES.items():
+        assert {setting[axis] for setting in singles} == set(values)
+
+
+def test_settings_in_words():
+    assert told(PLAIN) == "adaptinfer"
+    changed = PLAIN | {"words": "union", "rotary": False, "before": "divprune", "room": 1.5}
+    assert told(changed) == "words union, no rotary, behind divprune x1.5"
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    setting=st.fixed_dictionaries({axis: st.sampled_from(values) for axis, values in AXES.items()}),
+    budget=st.sampled_from([0.33, 0.22, 0.11, 0.06, 64, 20]),
+    model=st.sampled_from([(12, 64), (16, 576), (32, 576)]),
+)
+def test_every_setting_meets_its_budget_or_says_that_it_cannot(setting, budget, model):
+    layers, tokens = model
+    average = budget * tokens if budget < 1 else budget
+    try:
+        pruner = pruner_of(setting, budget, layers, tokens)
+    except ScheduleError as error:
+        assert "budget" in str(error)
+        return
+    plan = pruner.plan(layers, tokens)
+    at = [stage.layer for stage in plan.stages] or [0]
+    longest = max(after - layer for layer, after in zip(at, [*at[1:], layers - 1], strict=True))
+    assert plan.true_average(tokens) == pytest.approx(average, abs=max(0.01 * average, longest / layers) + 1e-9)
+    inside = pruner.inside if isinstance(pruner, Composed) else pruner
+    assert isinstance(inside, TextGuided) and inside.words == setting["words"]
+    assert isinstance(pruner, Composed) == bool(setting["before"])
+
+
+def test_the_plain_setting_is_adaptinfer():
+    for budget in (0.33, 0.22, 0.11):
+        ours, published = pruner_of(PLAIN, budget, 32, 576), AdaptInfer(budget=budget)
+        assert ours.plan(32, 576).stages == published.plan(32, 576).stages
+    assert reference(0.11, 12, 64, None)[0] == "adaptinfer"
+    name, pruner = reference(0.06, 12, 64, None)  # layer 0 alone is given 64 of 46 token-layers
+    assert name == "divprune >> adaptinfer" and pruner.plan(12, 64).true_average(64) <= 0.06 * 64
+
+
+def test_best_is_the_most_accurate_and_then_the_nearest_to_vanilla():
+    answers = {"a": [(1, 0.3), (0, 0.3)], "b": [(1, 0.1), (0, 0.2)], "c": [(1, 0.9), (1, 0.9)], "d": [(0, 0), (0, 0)]}
+    records = [
+        {"condition": name, "batch": batch, "score": score, "kl": kl}
+        for name, given in answers.items()
+        for batch, (score, kl) in enumerate(given)
+    ]
+    records += [{"condition": "d", "batch": 2, "score": 1, "kl": 0}, {"condition": "e", "batch": 0, "refused": "no"}]
+    found = search.Search(None, SimpleNamespace(records=lambda: records), {}, {}, {})  # pyright: ignore
+    assert found.best(["a", "b", "c", "d", "e"], 2, 3) == ["c", "b", "a"]
+    assert found.best(["d", "a"], 3, 1) == ["a"], "1/3 against 1/2"
+
+
+@pytest.fixture
+def few_axes(monkeypatch):
+    few = {axis: values[:1] for axis, values in AXES.items()} | {"words": ("soft", "union"), "heads": (1.0, 0.5)}
+    few["before"] = (None, "coverage")
+    for module in (search_space, sys.modules["search_tables"]):
+        monkeypatch.setattr(module, "AXES", few)
+
+
+def test_a_search_is_halved_and_goes_on_after_a_stop(monkeypatch, tmp_path, capsys, few_axes):
+    """Stopped in the second rung, run again, and once more when it is over."""
+    out = tmp_path / "run"
+    command = ["search.py", "--candidates", "2", "--samples", "4", "8", "12", "--batch", "4", "--finalists", "1"]
+    command += ["--budgets", "0.22", "0.06", "-o", str(out), "--json", str(tmp_path / "r.json"), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", command)
+    whole = search.run
+
+    def stopped(plan, journal, todo, done):
+        if todo[0].batch:
+            whole(plan, journal, todo[:1], done)
+            raise KeyboardInterrupt
+        return whole(plan, journal, todo, done)
+
+    monkeypatch.setattr(search, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        search.main()
+    before = (out / "answers.jsonl").read_bytes()
+    monkeypatch.setattr(search, "run", whole)
+    search.main()
+    after = (out / "answers.jsonl").read_bytes()
+    assert after.startswith(before) and len(after) > len(before)
+    first = capsys.readouterr().out
+    search.main()
+    assert (out / "answers.jsonl").read_bytes() == after and capsys.readouterr().out == first
+
+    results = json.loads((tmp_path / "r.json").read_text())
+    records = [json.loads(line) for line in after.decode().splitlines()[1:]]
+    seen = {name: {r["batch"] for r in records if r["condition"] == name} for r in records for name in [r["condition"]]}
+    for budget in ("0.22", "0.06"):
+        tried = {name: batches for name, batches in seen.items() if name.startswith("c") and name.endswith(budget)}
+        (winner,) = results["finalists"][budget]
+        assert tried[winner["name"]] == {0, 1, 2}
+        rungs = sorted(map(len, tried.values()), reverse=True)
+        second = math.ceil(len(tried) / 3)
+        assert rungs == [3] + [2] * (second - 1) + [1] * (len(tried) - second)
+        assert from_pretrained(out / f"best-{budget}").plan(12, 64).true_average(64) <= float(budget) * 64 * 1.01
+    assert results["last_rung"]["answers"] == 4, "only what no earlier rung has seen"
+    assert "cannot meet it" in first and "AdaptInfer with one thing changed" in first
