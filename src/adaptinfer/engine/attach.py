@@ -300,9 +300,7 @@ class Handle:
         """The call of generate that is going on in this context."""
         return _GENERATIONS.get().get(id(self))
 
-    def bounded_forward(
-        self, kind: type[Forward], layout: PromptLayout, stages: dict[int, tuple[int, ...]]
-    ) -> Forward:
+    def bounded_forward(self, kind: type[Forward], layout: PromptLayout, stages: dict[int, tuple[int, ...]]) -> Forward:
         """The state of a prefill from an empty cache whose layout gives bounds."""
         length = layout.length
         parts = (self, self._family, self.pruner, 0, length, length, layout, stages, self.early_drop, self._ranks)

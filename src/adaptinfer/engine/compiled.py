@@ -17,7 +17,7 @@ from adaptinfer.engine.cache import PrunedLayer, cache_argument
 from adaptinfer.engine.decoding_graph import DecodingGraph, Lease, LentLayer, groups_of
 from adaptinfer.engine.graphs import CudaGraphs, Graphs, Store
 from adaptinfer.engine.guards import arguments_of
-from adaptinfer.engine.prefill_graph import CACHE_NAMES, Bucket, PrefillGraph, bucket_of
+from adaptinfer.engine.prefill_graph import CACHE_NAMES, PrefillGraph, bucket_of
 from adaptinfer.errors import InputError
 from adaptinfer.schedule import BEFORE
 
@@ -32,7 +32,7 @@ _GIVEN = ("inputs_embeds", "attention_mask", "position_ids", "input_ids", "use_c
 
 
 def compile(model: Any, *, max_graphs: int = 16, bucket: int = 16) -> Compiled:
-    """Capture the decoder of an attached model in CUDA graphs, as prompts come: same answers, without waiting for Python.
+    """Capture the decoder of an attached model in CUDA graphs, so that a GPU never waits for Python; same answers.
 
     A prefill is captured when a prompt of a new bucket is met (batch, counts of vision tokens, length rounded up), one
     token of decoding when `generate` first needs its size. Capturing takes about as long as four runs. What cannot be
@@ -253,9 +253,7 @@ class Compiled:
     def _say(self, reason: str) -> None:
         if reason not in self._said:
             self._said.add(reason)
-            warnings.warn(
-                f"adaptinfer.compile: {reason}; this runs uncompiled, with the same answers", stacklevel=2
-            )
+            warnings.warn(f"adaptinfer.compile: {reason}; this runs uncompiled, with the same answers", stacklevel=2)
 
     def _reason_of_model(self) -> str | None:
         family, pruner, decoder = self._handle.family, self._handle.pruner, self._decoder

@@ -133,7 +133,7 @@ class DecodingGraph:
         family: Family,
         eager: bool,
     ) -> None:
-        embeddings, positions = like
+        embeddings = like[0]
         batch, device = embeddings.shape[0], embeddings.device
         self.groups = groups
         self._embeddings, self._positions = (part.new_zeros(part.shape) for part in like)
@@ -146,15 +146,13 @@ class DecodingGraph:
             for group in groups
         }
         group_of = {layer: group for group in groups for layer in group.layers}
-        self._stored = [
-            tuple(part.new_zeros(*part.shape[:2], group_of[layer].capacity, part.shape[3]) for part in pair)
-            for layer, pair in enumerate(stored)
-        ]
+        self._stored: list[tuple[Tensor, Tensor]] = []
+        for layer, pair in enumerate(stored):
+            keys, values = (part.new_zeros(*part.shape[:2], group_of[layer].capacity, part.shape[3]) for part in pair)
+            self._stored.append((keys, values))
         self.lease: Lease | None = None
 
-        def changes(
-            masks: dict[Group, Tensor], layer: int, hidden: Tensor, kwargs: dict[str, Any]
-        ) -> dict[str, Any]:
+        def changes(masks: dict[Group, Tensor], layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
             group = group_of[layer]
             changed: dict[str, Any] = {"attention_mask": masks[group]}
             if group.compact:
@@ -168,18 +166,17 @@ class DecodingGraph:
             for group, shared in self._shared.items():
                 shared.seen.index_fill_(3, shared.place, True)
                 masks[group] = _added(shared.seen, embeddings.dtype) if eager else shared.seen
-            cache = Cache(
-                layers=[
-                    _Room(*pair, self._shared[group_of[layer]].place) for layer, pair in enumerate(self._stored)
-                ]
-            )
+            layers: list[Any] = [
+                _Room(keys, values, self._shared[group_of[layer]].place)
+                for layer, (keys, values) in enumerate(self._stored)
+            ]
             token = ACTIVE.set(_Step(owner, lambda *given: changes(masks, *given)))  # pyright: ignore
             try:
                 out = decoder(
                     inputs_embeds=self._embeddings,
                     attention_mask=masks[group_of[0]],
                     position_ids=self._positions,
-                    **{cache_name: cache, "use_cache": True, **options},
+                    **{cache_name: Cache(layers=layers), "use_cache": True, **options},
                 )
             finally:
                 ACTIVE.reset(token)
@@ -294,7 +291,7 @@ class Lease:
 
 
 class LentLayer(PrunedLayer):
-    """A dynamic layer, pruned or not, whose keys and values may lie in a graph's buffers until somebody asks for them."""
+    """A dynamic layer, pruned or not, whose keys and values lie in a graph's buffers until somebody asks for them."""
 
     lease: Lease | None = None
 

@@ -77,8 +77,8 @@ class _Bounded(Forward):
         super().__init__(*args)
         self.segments: list[Segment] = []
 
-    def _settle(self, *args: Any) -> None:
-        super()._settle(*args)
+    def _settle(self, layer: int, vision_index: Tensor, candidates: Tensor, chosen: Tensor, score: Tensor) -> None:
+        super()._settle(layer, vision_index, candidates, chosen, score)
         assert self.upcoming is not None
         self.segments.append(self.upcoming)
 
@@ -146,7 +146,7 @@ class PrefillGraph:
 
         def run() -> _Made:
             state = forward(_Bounded, layout, dict(bucket.stages))
-            cache = Cache(layers=[_Fresh() for _ in range(num_layers)])
+            layers: list[Any] = [_Fresh() for _ in range(num_layers)]
             mask = _causal_mask(self._real, self._embeddings.dtype if eager else None) if bucket.padded else None
             token = ACTIVE.set(state)
             try:
@@ -154,7 +154,7 @@ class PrefillGraph:
                     inputs_embeds=self._embeddings,
                     attention_mask=mask,
                     position_ids=self._positions,
-                    **{cache_name: cache, "use_cache": True, **options},
+                    **{cache_name: Cache(layers=layers), "use_cache": True, **options},
                 )
             finally:
                 ACTIVE.reset(token)
@@ -162,8 +162,8 @@ class PrefillGraph:
             field = next(name for name in CACHE_NAMES if name in out)
             if set(out) != {"last_hidden_state", field}:
                 raise RuntimeError(f"the decoder returns more than hidden states and a cache: {', '.join(out)}")
-            layers: Any = [(layer.keys, layer.values) for layer in cache.layers]
-            return _Made(out.last_hidden_state, layers, state.records, state.segments, type(out), field)
+            pairs: Any = [(layer.keys, layer.values) for layer in layers]
+            return _Made(out.last_hidden_state, pairs, state.records, state.segments, type(out), field)
 
         inputs = [self._embeddings, self._positions, *marks]
         self._captured: Captured = graphs.capture(run, inputs)
