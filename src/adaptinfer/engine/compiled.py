@@ -71,7 +71,7 @@ class Compiled:
             if value < 1:
                 raise InputError(f"{name}: must be at least 1, not {value}")
         self._handle, self._device, self._bucket = handle, device, bucket
-        self._store: Store[Any] = Store(max_graphs)
+        self._store: Store[Any] = Store(max_graphs, lambda: self._graphs.wait())
         self._said: set[str] = set()
         self._decoder: Any = handle.decoder
         self._cache_name = next(

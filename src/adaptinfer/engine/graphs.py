@@ -17,6 +17,7 @@ from torch import Tensor
 
 __all__ = ["Captured", "CudaGraphs", "Graphs", "Store"]
 
+_MOST_HOPELESS = 256  # keys that are remembered as not to be captured
 _WARM_UPS = 2  # kernels are chosen and workspaces allocated in runs that are not captured
 
 
@@ -48,6 +49,10 @@ class Graphs(Protocol):
 
     def in_turn(self) -> Any:
         """A context in which graphs are filled, replayed and read, after all that was done in earlier ones."""
+        ...
+
+    def wait(self) -> None:
+        """Until all of that is done; buffers may then be freed, whatever stream they were used in."""
         ...
 
 
@@ -97,6 +102,10 @@ class CudaGraphs:
             finally:
                 self._done.record(stream)
 
+    def wait(self) -> None:
+        if self._done is not None:
+            self._done.synchronize()
+
 
 class Held(Protocol):
     """An entry of a `Store`."""
@@ -120,10 +129,15 @@ _Entry = TypeVar("_Entry", bound=Held)
 
 
 class Store(Generic[_Entry]):
-    """The captured graphs, at most so many; the one used longest ago goes first, but for busy ones."""
+    """The captured graphs, at most so many; the one used longest ago goes first, but for busy ones.
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    Args:
+        most: entries.
+        wait: called before any is dropped.
+    """
+
+    def __init__(self, most: int, wait: Callable[[], None]) -> None:
+        self._most, self._wait = most, wait
         self.lock = threading.RLock()
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._hopeless: set[Hashable] = set()
@@ -149,14 +163,18 @@ class Store(Generic[_Entry]):
         if key in self._hopeless:
             return None
         if key not in self._entries:
-            while len(self._entries) >= self.most:
+            while len(self._entries) >= self._most:
                 oldest = next((known for known, entry in self._entries.items() if not entry.busy), None)
                 if oldest is None:
                     return None
-                self._entries.pop(oldest).release()
+                self._entries[oldest].release()
+                self._wait()
+                del self._entries[oldest]
             try:
                 self._entries[key] = make()
             except Exception:
+                if len(self._hopeless) >= _MOST_HOPELESS:
+                    self._hopeless.clear()
                 self._hopeless.add(key)
                 raise
         self._entries.move_to_end(key)
@@ -167,5 +185,7 @@ class Store(Generic[_Entry]):
         with self.lock:
             for entry in self._entries.values():
                 entry.release()
+            if self._entries:
+                self._wait()
             self._entries.clear()
             self._hopeless.clear()
