@@ -11,9 +11,11 @@ from contextlib import contextmanager
 import pytest
 import tiny
 import torch
+import zoo
 from graph_stand_in import HostRead, StandIn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_families import REFUSED
 from test_methods import INSIDE
 
 import adaptinfer
@@ -21,6 +23,7 @@ from adaptinfer import AdaptInfer, AdaptInferError, DivPrune, InputError, Random
 from adaptinfer.engine import compiled as module
 from adaptinfer.engine.attach import handle_of
 from adaptinfer.engine.compiled import Compiled
+from adaptinfer.engine.families import family_of
 
 STAGES = Schedule((Stage(1, 0.4), Stage(3, 0.3)), tiny.LAYERS)
 OPTIONS = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "eos_token_id": None}
@@ -570,3 +573,43 @@ def test_the_stand_in_has_fixed_buffers_and_no_python():
         tape.replay()
         assert tape.outputs.tolist() == [13.0, 15.0] and len(calls) == made
     assert tape.outputs.isnan().all() and state.item() == 11.0
+
+
+# -- families ---------------------------------------------------------------------------------------------------------
+
+CAPTURED = (
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "pixtral",
+    "mistral3",
+    "internvl",
+    "glm4v",
+)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [name for name in zoo.SETUPS if name not in REFUSED])
+def test_a_family_is_captured_or_says_why(name):
+    setup = zoo.SETUPS[name]
+    model = setup.build("sdpa")
+    inputs = zoo.batch(name, [zoo.simple(name, after=5, seed=1), zoo.simple(name, after=11, seed=2)])
+    layers = [layer for layer in family_of(model).scoring if layer < len(model.get_decoder().layers) - 1]
+    schedule = Schedule((Stage(layers[len(layers) // 2], 0.4),), len(model.get_decoder().layers))
+    with attach(model, AdaptInfer(schedule=schedule)) as handle, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        expected, report = answer(model, inputs)
+        compiled = stand_in(handle)
+        for _ in range(2):
+            found, again = answer(model, inputs)
+            torch.testing.assert_close(
+                torch.stack(found.logits), torch.stack(expected.logits), atol=max(1e-5, setup.tolerance), rtol=0
+            )
+            for one, other in zip(report.kept, again.kept, strict=True):
+                assert all(map(torch.equal, one, other))
+        reasons = [str(warning.message) for warning in said if "adaptinfer.compile" in str(warning.message)]
+        assert (len(compiled) == 2) != bool(reasons), (len(compiled), reasons)
+        assert not any("capturing failed" in reason for reason in reasons), reasons
+        assert name not in CAPTURED or not reasons  # of the others some are, and some say why not

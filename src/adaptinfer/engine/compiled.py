@@ -267,6 +267,10 @@ class Compiled:
             )
         if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=decoder.config).layers):
             return f"{family.model_type} has sliding windows, which are not captured yet"
+        if not getattr(decoder.config, "is_causal", True) or getattr(
+            decoder.config, "use_bidirectional_attention", False
+        ):
+            return f"{family.model_type} reads its prompt in both directions, which is not captured yet"
         if pruner.observes:
             return f"{pruner.name} looks at every layer, and nothing is dropped"
         if self._handle.is_split:

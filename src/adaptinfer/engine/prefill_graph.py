@@ -230,7 +230,8 @@ class PrefillGraph:
             ]
             # Fillers stand on the left, and the last of them are those that this call would have had anyway.
             count = max(totals)
-            index, vision, text = _last(wide.index, count) - left, _last(wide.vision, count), _last(wide.text, count)
+            index = _last(wide.index, count) - left
+            vision, text = _last(wide.vision, count), _last(wide.text, count)
             valid = None if wide.valid is None or layout.all_real(totals) else _last(wide.valid, count)
             segments[record.layer] = Segment(record.layer, index, index, valid, vision, text)
             state.records.append(
