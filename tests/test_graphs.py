@@ -448,6 +448,19 @@ def test_a_selection_before_the_model_is_said_once(models):
         assert len(compiled) == 1
 
 
+def test_behind_a_cached_prefix_the_answer_alone_is_captured(models):
+    model, inputs = models("llava"), single("llava")
+    prefixes = adaptinfer.PrefixCache(model)
+    with attach(model, AdaptInfer(schedule=STAGES)) as handle:
+        expected = answer(model, inputs, past_key_values=prefixes.start(inputs))
+        compiled = stand_in(handle)
+        with pytest.warns(UserWarning, match="a prompt on a cache that holds tokens already is not captured"):
+            assert_same(expected, answer(model, inputs, past_key_values=prefixes.start(inputs)))
+        with no_warnings():
+            assert_same(expected, answer(model, inputs, past_key_values=prefixes.start(inputs)))
+        assert len(compiled) == 1
+
+
 def test_inputs_that_are_not_captured(models):
     model, inputs = models("llava"), single("llava")
     with attach(model, AdaptInfer(schedule=STAGES)) as handle:

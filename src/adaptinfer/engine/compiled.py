@@ -141,7 +141,7 @@ class Compiled:
         bucket = bucket_of(layout, state.stages, self._bucket)
         cache = cache_argument(arguments)
         wanted = arguments.get("use_cache")
-        if cache is None and (self._decoder.config.use_cache if wanted is None else wanted):
+        if cache is None and (getattr(self._decoder.config, "use_cache", True) if wanted is None else wanted):
             cache = DynamicCache(config=self._decoder.config)
 
         def make() -> PrefillGraph:
