@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from graph_stand_in import StandIn
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
@@ -27,6 +28,9 @@ from adaptinfer.benchmark.subject import Subject
 from adaptinfer.benchmark.timing import Clock, bound_share, order_of_round, paired_ratios, summarise
 from adaptinfer.benchmark.variants import Variant, variants
 from adaptinfer.cli import app
+from adaptinfer.engine.attach import handle_of
+from adaptinfer.engine.compiled import Compiled
+from adaptinfer.errors import InputError
 
 VISION, LAYERS = 64, 12  # of the shape `tiny`
 FAST = ["--shape", "tiny", "--device", "cpu", "--rounds", "3", "--warmup", "0"]
@@ -189,6 +193,11 @@ def test_variants_stand_in_a_known_order():
     usual = variants(["adaptinfer"], [], [], "on", 576)
     assert [variant.name for variant in usual[2:]] == ["adaptinfer 192", "adaptinfer 128", "adaptinfer 64"]
     assert len(variants(["adaptinfer"], [], ["llava-1.5-7b/64"], "on", 576)) == 3  # a preset alone
+    beside = variants(["adaptinfer", "divprune"], [24], [], "on", 64, compiled=True)
+    assert [variant.name for variant in beside] == [
+        "vanilla", "keep all", "keep all, compiled", "adaptinfer 24", "adaptinfer 24, compiled", "divprune 24",
+    ]  # fmt: skip
+    assert [variant.compiled for variant in beside] == [False, False, True, False, True, False]
     (claim,) = published_figures(found)
     assert claim["change"] == -0.613 and published_figures(usual) == []
 
@@ -215,6 +224,7 @@ def test_variants_stand_in_a_known_order():
         (["--shape", "qwen2.5-vl-7b", "--text-before", "0"], "at least 1 and 1 tokens are needed"),
         (["--json", "/no/such/folder/out.json"], "there is no folder '/no/such/folder'"),
         (["--plot", "plot.bmp"], "must end in one of .png, .pdf, .svg"),
+        (["--compile"], "--compile: CUDA graphs need a GPU, and the device is cpu"),
         (["--rounds", "0"], "'--rounds'"),
         (["--dtype", "int8"], "'--dtype'"),
         (["--model", "/no/such/checkpoint"], "no such folder"),
@@ -438,12 +448,35 @@ def test_on_a_gpu_nothing_waits_inside_of_what_is_timed(monkeypatch):
     assert spans and not any(start < wait < end for start, end in spans[:2] for wait in waits)
 
 
+def test_a_compiled_variant_is_measured_in_its_graphs(monkeypatch):
+    """A tape stands in for CUDA graphs. What cannot be captured is no figure of a compiled variant."""
+    made = []
+
+    def compile(model):
+        made.append(StandIn())
+        Compiled(handle_of(model), made[-1], torch.device("cpu"), 16, 16)
+
+    monkeypatch.setattr(measure, "compile", compile)
+    model = shapes.build("tiny", "float32", "cpu")
+    bench = measure.Bench(model, prompt(picture_for(model.config), 100, 5, 9, 1, "cpu", "float32"), "cpu")
+    pruned = Variant("adaptinfer 24, compiled", AdaptInfer(budget=24), compiled=True)
+    figures, facts = bench.run(pruned, [3]), bench.facts(pruned)
+    assert all(value > 0 for value in figures.values()) and figures["decoder_prefill_ms"] < figures["ttft_ms"]
+    assert facts["kv_bytes"] == bench.facts(Variant("adaptinfer 24", AdaptInfer(budget=24)))["kv_bytes"]
+    assert [[tape.replays for tape in graphs.tapes] for graphs in made] == [[3, 4], [2]]
+    with pytest.raises(InputError, match="variant 'adaptinfer 24, compiled': .*no CUDA device"):
+        monkeypatch.undo()
+        bench.run(pruned, [])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_on_a_gpu(tmp_path, dtype):
     arguments = ["--shape", "tiny", "--device", "cuda", "--dtype", dtype, "--rounds", "3", "--budget", "24"]
-    result = _invoke(*arguments, "--new-tokens", "4", "--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
+    result = _invoke(
+        *arguments, "--compile", "--new-tokens", "4", "--json", tmp_path / "out.json", "--plot", tmp_path / "out.png"
+    )
     assert result.exit_code == 0, result.output
     document = json.loads((tmp_path / "out.json").read_text())
     assert document["environment"]["gpu"]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from adaptinfer.calibration.result import Calibration
     from adaptinfer.calibration.run import calibrate
     from adaptinfer.engine.attach import Handle, attach, disabled
+    from adaptinfer.engine.compiled import Compiled, compile
     from adaptinfer.engine.report import Report
     from adaptinfer.errors import AdaptInferError, InputError, UnsupportedError
     from adaptinfer.prefix import PrefixCache
@@ -64,6 +65,7 @@ __all__ = [
     "AdaptInferError",
     "CDPruner",
     "Calibration",
+    "Compiled",
     "Composed",
     "Coverage",
     "DivPrune",
@@ -103,6 +105,7 @@ __all__ = [
     "VisionZip",
     "attach",
     "calibrate",
+    "compile",
     "disabled",
     "from_pretrained",
     "preset",
@@ -113,6 +116,7 @@ _HOME = {
     "calibration.result": ("Calibration",),
     "calibration.run": ("calibrate",),
     "engine.attach": ("Handle", "attach", "disabled"),
+    "engine.compiled": ("Compiled", "compile"),
     "engine.report": ("Report",),
     "errors": ("AdaptInferError", "InputError", "UnsupportedError"),
     "prefix": ("PrefixCache",),

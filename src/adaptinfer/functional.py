@@ -174,10 +174,13 @@ def top_k_mask(score: Tensor, candidates: Tensor, k: int | Tensor) -> Tensor:
 
 
 def per_sample(values: Sequence[int], device: torch.device) -> int | Tensor:
-    """Numbers known on the host, one a sample, for use against [B, n]: one if all are equal, else int64 [B, 1]."""
+    """Numbers known on the host, one a sample, for use against [B, n]: one if all are equal, else int64 [B, 1].
+
+    Filled on the device: a copy from the host would be repeated by a CUDA graph, from memory that is long gone.
+    """
     if min(values) == max(values):
         return values[0]
-    return torch.tensor(values).to(device, non_blocking=True)[:, None]
+    return torch.cat([torch.full((1, 1), value, device=device) for value in values])
 
 
 def evenly_spaced(counts: Sequence[int], keeps: Sequence[int], device: torch.device) -> Tensor:

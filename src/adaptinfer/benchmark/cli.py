@@ -92,6 +92,12 @@ def _bench(
         Literal["on", "off", "both"],
         typer.Option(help="Whether pruning layers skip the outputs of tokens that they drop; both: side by side."),
     ] = "on",
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Put every attached variant beside itself with its decoder in CUDA graphs; needs a GPU."
+        ),
+    ] = False,
     batches: Annotated[
         list[int] | None,
         typer.Option(
@@ -175,10 +181,15 @@ def _bench(
 
         check_names(methods or [], presets or [])
         from_files = [(str(file), Schedule.load(file)) for file in schedule_files or []]
-        subject = Subject(shape, model, dtype, checked_device(device), attention, seed)
+        where = checked_device(device)
+        if compiled and not where.startswith("cuda"):
+            raise InputError(f"--compile: CUDA graphs need a GPU, and the device is {where}; leave it out")
+        subject = Subject(shape, model, dtype, where, attention, seed)
         picture = subject.picture(image_size)
         vision = picture.vision_tokens
-        found = variants(methods or ["adaptinfer"], budgets or [], presets or [], early_drop, vision, from_files)
+        found = variants(
+            methods or ["adaptinfer"], budgets or [], presets or [], early_drop, vision, from_files, compiled
+        )
         schedules = check_variants(found, subject.family, subject.shape.num_layers, vision)
         vocabulary = subject.config.get_text_config().vocab_size
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ from adaptinfer.benchmark.memory import PeakMemory
 from adaptinfer.benchmark.timing import Clock, Mark
 from adaptinfer.engine.attach import attach
 from adaptinfer.engine.cache import kv_bytes
+from adaptinfer.engine.compiled import compile
+from adaptinfer.errors import InputError
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -69,6 +72,12 @@ class Bench:
             return nullcontext()
         handle = attach(self.model, pruner or variant.pruner, early_drop=variant.early_drop)
         handle.plan(self.prompt.vision_tokens)
+        if variant.compiled:
+            try:
+                compile(self.model)
+            except UserWarning:  # see `_captured`
+                handle.detach()
+                raise
         return handle
 
     def run(self, variant: Variant, new_tokens: Sequence[int]) -> Figures:
@@ -78,13 +87,15 @@ class Bench:
             variant: what to attach.
             new_tokens: how many tokens ``generate`` is measured at; none leaves it out.
         """
-        with self.attached(variant):
+        with _captured(variant), self.attached(variant):
             if self.clock.on_gpu:
                 self._first_token()  # fills the allocator's cache with blocks of this variant's sizes
-            figures = self._time_first_token()
+            figures = self._time_first_token(variant.compiled)
             if self.clock.on_gpu:
-                figures |= self._time_decoder_alone()
+                figures |= self._time_decoder_alone(variant.compiled)
             if new_tokens:
+                if variant.compiled:
+                    self._time_generation(new_tokens)  # captures
                 figures |= self._time_generation(new_tokens)
         return figures
 
@@ -108,7 +119,9 @@ class Bench:
     def facts(self, variant: Variant) -> dict[str, Any]:
         """What does not depend on the clock, from one pass: tokens, FLOPs, bytes of the cache, peak memory."""
         gc.collect()
-        with self.attached(variant) as handle:
+        with _captured(variant), self.attached(variant) as handle:
+            if variant.compiled:
+                self._first_token()  # what capturing takes for a moment is none of a prefill's memory
             self.clock.synchronise()
             self.memory.start()
             out, _ = self._first_token()
@@ -141,11 +154,11 @@ class Bench:
         out = self.model(**self.prompt.inputs, **self._options)
         return out, out.logits[:, -1].argmax(dim=-1)
 
-    def _time_first_token(self) -> Figures:
+    def _time_first_token(self, compiled: bool) -> Figures:
         layers: list[Mark] = []
         gc.collect()
         self.clock.synchronise()
-        with self._around_layers(lambda: layers.append(self.clock.mark())):
+        with self._around_layers(lambda: layers.append(self.clock.mark()), compiled):
             start = self.clock.mark()
             out = self._first_token()
             end = self.clock.mark()
@@ -160,14 +173,14 @@ class Bench:
             figures["ttft_cuda_ms"] = self.clock.device_ms(start, end)
         return figures
 
-    def _time_decoder_alone(self) -> Figures:
+    def _time_decoder_alone(self, compiled: bool) -> Figures:
         layers: list[Mark] = []
 
         def mark() -> None:
             self.clock.synchronise()
             layers.append(self.clock.mark())
 
-        with self._around_layers(mark):
+        with self._around_layers(mark, compiled):
             self._first_token()
         return {"decoder_prefill_wall_ms": self.clock.host_ms(*layers)}
 
@@ -208,15 +221,34 @@ class Bench:
         return figures
 
     @contextmanager
-    def _around_layers(self, mark: Callable[[], None]) -> Iterator[None]:
-        """Call `mark` before the first decoder layer, ahead of the engine's own hooks, and behind the last."""
-        layers = self.model.get_decoder().layers
+    def _around_layers(self, mark: Callable[[], None], compiled: bool) -> Iterator[None]:
+        """Call `mark` before the first decoder layer, ahead of the engine's own hooks, and behind the last.
+
+        A graph calls no hook of a layer, so of a compiled variant all of the decoder lies between the two.
+        """
+        decoder = self.model.get_decoder()
+        first, last = (decoder, decoder) if compiled else (decoder.layers[0], decoder.layers[-1])
         hooks = [
-            layers[0].register_forward_pre_hook(lambda *_: mark(), prepend=True),
-            layers[-1].register_forward_hook(lambda *_: mark()),
+            first.register_forward_pre_hook(lambda *_: mark(), prepend=True),
+            last.register_forward_hook(lambda *_: mark()),
         ]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+@contextmanager
+def _captured(variant: Variant) -> Iterator[None]:
+    """Refuse to measure as compiled what runs uncompiled.
+
+    Raises:
+        InputError: with the reason.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="adaptinfer.compile")
+        try:
+            yield
+        except UserWarning as warning:
+            raise InputError(f"variant {variant.name!r}: {warning}") from None

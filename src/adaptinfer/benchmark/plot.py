@@ -125,6 +125,7 @@ def _series(batch: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
             alone[entry["name"]] = [entry]
             continue
         label = entry["method"] + ("" if entry["early_drop"] else ", late drop")
+        label += ", compiled" if entry.get("compiled") else ""
         series.setdefault(label, []).append(entry)
     for entries in series.values():
         entries.sort(key=lambda entry: entry["true_average"])

@@ -82,6 +82,7 @@ def _entry(result: BatchResult, variant: Variant, vanilla_flops: float, bytes_pe
         "preset": variant.preset,
         "positions": None if pruner is None else pruner.positions,
         "early_drop": None if pruner is None else variant.early_drop,
+        "compiled": variant.compiled,
         "schedule": json.loads(schedule.to_json()),
         "true_average": schedule.true_average(prompt.vision_tokens),
         "tokens_per_layer": list(schedule.tokens_per_layer(prompt.vision_tokens)),

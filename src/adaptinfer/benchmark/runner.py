@@ -97,7 +97,7 @@ def run_batch(
         facts = {variant.name: bench.facts(variant) for variant in variants}
         for _ in range(SCORER_PASSES):
             for variant in variants:
-                if schedules[variant.name].stages:
+                if schedules[variant.name].stages and not variant.compiled:
                     progress(f"{where}, scorer of {variant.name}")
                     for figure, value in bench.scorer(variant).items():
                         figures[variant.name].setdefault(figure, []).append(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from adaptinfer.errors import InputError, UnsupportedError
@@ -30,12 +30,14 @@ class Variant:
         pruner: what is attached; None for vanilla, where nothing is.
         early_drop: whether pruning layers skip the outputs of tokens that they drop.
         preset: name of the published schedule, if it is one.
+        compiled: whether its decoder runs in CUDA graphs.
     """
 
     name: str
     pruner: Pruner | None = None
     early_drop: bool = True
     preset: str | None = None
+    compiled: bool = False
 
 
 def check_names(methods: Sequence[str], presets: Sequence[str]) -> None:
@@ -61,6 +63,7 @@ def variants(
     early_drop: EarlyDrop,
     vision_tokens: int,
     schedules: Sequence[tuple[str, Schedule]] = (),
+    compiled: bool = False,
 ) -> list[Variant]:
     """Vanilla, keep-all, every method at every budget, the presets as the paper ran them, and schedules from files.
 
@@ -72,6 +75,7 @@ def variants(
         early_drop: ``"both"`` puts every pruned variant beside itself without early drop.
         vision_tokens: in the prompt.
         schedules: by the names of their files; AdaptInfer with these stages.
+        compiled: put every attached variant beside itself in CUDA graphs; not those that select before the model.
 
     Raises:
         PrunerError: a budget that is no positive number.
@@ -98,7 +102,12 @@ def variants(
             found.append(Variant(name, pruner, True, published))
         if early_drop in ("off", "both"):
             found.append(Variant(f"{name}, late", pruner, False, published))
-    return list({variant.name: variant for variant in found}.values())
+    found = list({variant.name: variant for variant in found}.values())
+    if not compiled:
+        return found
+    beside = [[variant, replace(variant, name=f"{variant.name}, compiled", compiled=True)] for variant in found[1:]]
+    pairs = [pair[: 1 + (not hasattr(pair[0].pruner, "select_before"))] for pair in beside]
+    return [found[0], *(variant for pair in pairs for variant in pair)]
 
 
 def check_variants(

@@ -31,6 +31,7 @@ from adaptinfer.engine.guards import (
     check_needs,
     check_padding,
     check_past,
+    most_new_tokens,
     prompt_length,
     refuse_continuous_batching,
 )
@@ -52,7 +53,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Handle", "attach", "disabled", "is_attached"]
+    from adaptinfer.engine.compiled import Compiled
+    from adaptinfer.engine.families import Family
+
+__all__ = ["Handle", "attach", "disabled", "handle_of", "is_attached"]
 
 _HANDLE = "_adaptinfer_handle"
 _ATTENTION = "adaptinfer"
@@ -103,12 +107,16 @@ class Generation:
         begun: whether its first forward was met.
         reported: whether a prefill of it was reported.
         encoded: images that it encoded before its first forward.
+        most: new tokens that it may make.
+        lease: the graph that decodes for it, or did, if the model is compiled.
     """
 
     prompt: int
+    most: int = 0
     begun: bool = False
     reported: bool = False
     encoded: list[Encoded] = field(default_factory=list)
+    lease: Any = None
 
     def begin(self, past: int, new: int) -> None:
         """Take note of a forward; the first one tells whether generate was given the new tokens of a turn alone."""
@@ -127,14 +135,23 @@ def disabled(model: Any) -> Iterator[None]:
     Raises:
         AdaptInferError: no pruner is attached to the model.
     """
-    handle = getattr(model, "__dict__", {}).get(_HANDLE)
-    if handle is None:
-        raise AdaptInferError("no pruner is attached to this model; call adaptinfer.attach(model, pruner) first")
+    handle = handle_of(model)
     token = _DISABLED.set(_DISABLED.get() | {id(handle)})
     try:
         yield
     finally:
         _DISABLED.reset(token)
+
+
+def handle_of(model: Any) -> Handle:
+    """The handle on a model.
+
+    Raises:
+        AdaptInferError: no pruner is attached to the model.
+    """
+    if not is_attached(model):
+        raise AdaptInferError("no pruner is attached to this model; call adaptinfer.attach(model, pruner) first")
+    return vars(model)[_HANDLE]
 
 
 def is_attached(model: Any) -> bool:
@@ -179,6 +196,8 @@ class Handle:
         self._overrides: list[tuple[Any, str, Any, Any]] = []
         self._attention_configs: list[tuple[Any, Any]] = []
         self._latest: Report | None = None
+        self._compiled: Compiled | None = None
+        self._has_graphs = False
         self.pruner = pruner
         before = pruner if isinstance(pruner, SelectsBefore) else None
         groups = functools.partial(pruner.groups, self._shape.num_layers) if isinstance(pruner, ToMe) else None
@@ -247,7 +266,9 @@ class Handle:
                     vars(owner)[name] = before
         del vars(model)[_HANDLE]
         self._hooks, self._attention_configs, self._overrides = [], [], []
-        self._base = self._decoder = None
+        if self._compiled is not None:
+            self._compiled.clear()
+        self._base = self._decoder = self._compiled = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise AdaptInferError("a model with a pruner attached cannot be copied or pickled; detach first")
@@ -257,6 +278,53 @@ class Handle:
 
     def __exit__(self, *_: object) -> None:
         self.detach()
+
+    # -- what graphs are made of, see compiled.py -------------------------------------------------------------------
+
+    @property
+    def decoder(self) -> Any:
+        """The text model whose layers prune."""
+        return self._decoder
+
+    @property
+    def family(self) -> Family:
+        """What the engine found in the model."""
+        return self._family
+
+    @property
+    def is_split(self) -> bool:
+        """Whether several ranks share the model out."""
+        return self._ranks.several
+
+    @property
+    def generation(self) -> Generation | None:
+        """The call of generate that is going on in this context."""
+        return _GENERATIONS.get().get(id(self))
+
+    def bounded_forward(self, kind: type[Forward], layout: PromptLayout, stages: dict[int, tuple[int, ...]]) -> Forward:
+        """The state of a prefill from an empty cache whose layout gives bounds."""
+        length = layout.length
+        parts = (self, self._family, self.pruner, 0, length, length, layout, stages, self.early_drop, self._ranks)
+        return kind(*parts, False)
+
+    def compile_with(self, compiled: Compiled | None) -> None:
+        """Run the decoder through captured graphs from now on; None: no longer."""
+        before, self._compiled = self._compiled, compiled
+        if before is not None:
+            before.clear()
+        if compiled is not None and not self._has_graphs:
+            self._has_graphs = True
+            self._override(self._decoder, "forward", self._through_graphs(self._decoder.forward))
+
+    def _through_graphs(self, run: Any) -> Any:
+        @functools.wraps(run)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            state, compiled = self._active(), self._compiled
+            if compiled is None or state is None or self._is_disabled():
+                return run(*args, **kwargs)
+            return compiled.forward(run, state, args, kwargs)
+
+        return forward
 
     # -- installation -----------------------------------------------------------------------------------------------
 
@@ -358,7 +426,8 @@ class Handle:
                 arguments = arguments_of(generate, args, kwargs)
                 check_generate(self._model, arguments)
                 length = prompt_length(arguments)
-                calls = {} if length is None else {id(self): Generation(length)}
+                most = most_new_tokens(self._model, arguments, length or 0)
+                calls = {} if length is None else {id(self): Generation(length, most)}
                 token = _GENERATIONS.set({**_GENERATIONS.get(), **calls})
                 try:
                     return generate(*args, **kwargs)

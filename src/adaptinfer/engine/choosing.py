@@ -84,7 +84,7 @@ class Stages:
         self.encoded: list[Encoded] = []  # images, if the call itself encodes them
         self.images: Callable[[], Images] | None = None
         self._family, self._pruner, self._early_drop, self._ranks = family, pruner, early_drop, ranks
-        self._stages = stages
+        self.stages = stages
         self._counts = layout.vision_counts if layout else ()
         self._behind = frozenset(layer for layer in stages if layer >= 0) if pruner.acts_behind else frozenset()
         self._waiting: StageView | None = None  # of a stage that acts behind its layer, while that runs
@@ -94,15 +94,15 @@ class Stages:
     @property
     def prunes(self) -> bool:
         """Whether any stage drops a token."""
-        return bool(self._stages)
+        return bool(self.stages)
 
     def scores_in(self, layer: int) -> bool:
         """Whether this layer's attention is where a stage looks; some look at the layer behind theirs."""
-        return layer in self._stages and "next" not in self._pruner.needs
+        return layer in self.stages and "next" not in self._pruner.needs
 
     def check_stages(self) -> None:
         """Raise unless every stage was met: a layer whose attention went another way would go on unpruned."""
-        missed = set(self._stages) - self._observed - {record.layer for record in self.records}
+        missed = set(self.stages) - self._observed - {record.layer for record in self.records}
         if missed:
             raise UnsupportedError(
                 f"layers {sorted(missed)} were to prune, but their attention did not pass through transformers' "
@@ -145,7 +145,7 @@ class Stages:
     def _select(self, view: StageView) -> Selection:
         """Let the pruner choose, and settle it."""
         # No more than entered: where counts vary, an earlier stage may have kept fewer than was planned for this one.
-        planned = tuple(map(min, self._stages[view.layer], self._counts))
+        planned = tuple(map(min, self.stages[view.layer], self._counts))
         with _without_autocast(view.query.device):
             selection = self._pruner.select(view, planned)
         candidates = view.vision_mask
@@ -154,7 +154,7 @@ class Stages:
         keeps = selection.keeps or planned
         self._settle(view.layer, view.vision_index, candidates, selection.kept, selection.score, keeps)
         self._entered = self._waiting = None
-        if len(self.records) == len(self._stages):
+        if len(self.records) == len(self.stages):
             self._embeddings = None
         return selection
 
@@ -164,7 +164,7 @@ class Stages:
         layout, device = self.layout, hidden.device
         assert layout is not None and self.images is not None
         vision, text, _ = self._tokens(device)
-        text_index, _ = rectangle(text, layout.text_counts)
+        text_index, _ = layout.text_rectangle(text)
         vision_index, vision_mask = rectangle(vision, self._counts)
         with _without_autocast(device):
             selection, hidden = select_before(
@@ -175,10 +175,10 @@ class Stages:
                 self._counts,
                 text_index,
                 layout.text_counts,
-                self._stages[BEFORE],
+                self.stages[BEFORE],
             )
         candidates = torch.ones_like(selection.kept) if vision_mask is None else vision_mask
-        self._settle(BEFORE, vision_index, candidates, selection.kept, selection.score, self._stages[BEFORE])
+        self._settle(BEFORE, vision_index, candidates, selection.kept, selection.score, self.stages[BEFORE])
         return hidden
 
     def _view(self, layer: int, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> StageView:
@@ -186,7 +186,7 @@ class Stages:
         layout, device, needs = self.layout, query.device, self._pruner.needs
         assert layout is not None and self._entered is not None
         vision, text, valid = self._tokens(device)
-        text_index, text_mask = rectangle(text, layout.text_counts)
+        text_index, text_mask = layout.text_rectangle(text)
         vision_index, vision_mask = rectangle(vision, self._counts)
         length = key.shape[2]
         past = length - query.shape[2]
@@ -226,7 +226,7 @@ class Stages:
     def _prompt(self, device: torch.device) -> PromptView:
         layout, embeddings = self.layout, self._embeddings
         assert layout is not None and embeddings is not None
-        text = rectangle(layout.text.to(device), layout.text_counts)
+        text = layout.text_rectangle(layout.text.to(device))
         vision = rectangle(layout.vision.to(device), layout.vision_counts)
         return PromptView(embeddings.to(device), *text, *vision)
 
@@ -273,7 +273,7 @@ class Stages:
             layer=layer,
             index=relative if segment is None else segment.index.gather(1, relative),
             relative=relative,
-            valid=None if min(totals) == max(totals) else survivors.gather(1, relative),
+            valid=None if layout.all_real(totals) else survivors.gather(1, relative),
             vision=kept_vision.gather(1, relative),
             text=text.gather(1, relative),
         )

@@ -122,7 +122,7 @@ class Forward(Stages):
         before = history_of(cache, behind)
         changed: dict[str, Any] = {}
         if segment is not None or before is not None:
-            after = before if segment is None else self._history_after(segment, before)
+            after = before if segment is None else self.history_after(segment, before)
             assert after is not None and self.past is not None
             entries = 0, self.past + self.length - after.dropped
             changed = self._inputs(behind, before, after, (0, entries), True, hidden, kwargs)
@@ -162,14 +162,14 @@ class Forward(Stages):
         Returns:
             Hidden states, and the keyword arguments that change.
         """
-        if layer == 0 and self._stages and "embeddings" in self._pruner.needs:
+        if layer == 0 and self.stages and "embeddings" in self._pruner.needs:
             self._embeddings = hidden
-        if layer == 0 and BEFORE in self._stages:
+        if layer == 0 and BEFORE in self.stages:
             hidden = self._choose_before(hidden)
         if layer - 1 in self._behind:
             hidden = self._choose_behind(layer - 1, hidden, kwargs, run)
         hidden, changed = self._given(layer, hidden, kwargs)
-        if layer in self._stages:
+        if layer in self.stages:
             self._entered = hidden, {**kwargs, **changed}.get("position_embeddings")
         return hidden, changed
 
@@ -182,7 +182,7 @@ class Forward(Stages):
             if hidden.shape[1] == entered:  # else the model went on with the last tokens alone, see _inputs
                 hidden = gather_tokens(hidden, upcoming.relative, dim=1)
         cache = self.cache = cache_argument(kwargs)
-        if layer == 0 and self._stages and cache is not None:
+        if layer == 0 and self.stages and cache is not None:
             check_cache(cache)  # one that the model made itself; a caller's was checked before
         segment = self.segment
         if layer in self._family.recurrent:
@@ -190,7 +190,7 @@ class Forward(Stages):
         source = self._family.key_source(layer)
         before = history_of(cache, source)
         if segment is None and before is None:
-            if not self._stages or layer not in self._family.sources.values():
+            if not self.stages or layer not in self._family.sources.values():
                 return hidden, {}
             before = whole_history(hidden)  # later layers read its keys, and may then be given fewer tokens
             if cache is not None:
@@ -199,7 +199,7 @@ class Forward(Stages):
             after, span, given_to_source = self._read_by[source]
         else:
             offset = mask_offset(cache, layer)
-            after = before if segment is None else self._history_after(segment, before)
+            after = before if segment is None else self.history_after(segment, before)
             assert after is not None
             if segment is not None and cache is not None:
                 hold(cache, layer, after)
@@ -231,7 +231,9 @@ class Forward(Stages):
             self._memo[key] = (make(), operands)
         return self._memo[key][0]
 
-    def _history_after(self, segment: Segment, before: History | None) -> History:
+    def history_after(self, segment: Segment, before: History | None) -> History:
+        """What a layer that is given a segment will have been given of all tokens so far."""
+
         def make() -> History:
             assert self.past is not None
             end = self.past + self._tail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from adaptinfer.engine.cache import PrunedLayer, cache_argument, check_cache
+from adaptinfer.engine.decoding_graph import LentLayer
 from adaptinfer.engine.families import check_backend
 from adaptinfer.errors import UnsupportedError
 
@@ -30,6 +32,7 @@ __all__ = [
     "check_needs",
     "check_padding",
     "check_past",
+    "most_new_tokens",
     "prompt_length",
     "refuse_continuous_batching",
 ]
@@ -56,19 +59,27 @@ def prompt_length(arguments: dict[str, Any]) -> int | None:
     return max(ids.shape[1], mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else 0)
 
 
+def most_new_tokens(model: Any, arguments: dict[str, Any], prompt: int) -> int:
+    """New tokens that a call of generate may make; transformers' default is 20 tokens."""
+    new, longest = (_setting(model, arguments, name) for name in ("max_new_tokens", "max_length"))
+    return new if new is not None else 20 if longest is None else max(1, longest - prompt)
+
+
+def _setting(model: Any, arguments: dict[str, Any], name: str) -> Any:
+    """What generate goes by: transformers fills what a call leaves open from the config that was passed, and then from
+    the model's own."""
+    configs = (arguments.get("generation_config"), getattr(model, "generation_config", None))
+    values = [arguments.get(name), *(getattr(config, name, None) for config in configs)]
+    return next((value for value in values if value is not None), None)
+
+
 def check_generate(model: Any, kwargs: dict[str, Any]) -> None:
     """Refuse ways of decoding that pruning would get wrong or does not support yet.
 
     Raises:
         UnsupportedError: naming the argument.
     """
-    # transformers fills what a call leaves open from the config that was passed, and then from the model's own.
-    configs = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
-
-    def setting(name: str) -> Any:
-        values = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
-        return next((value for value in values if value is not None), None)
-
+    setting = functools.partial(_setting, model, kwargs)
     if kwargs.get("inputs_embeds") is not None and kwargs.get("input_ids", kwargs.get("inputs")) is None:
         raise UnsupportedError(_NO_IDS)
     if setting("prefill_chunk_size"):
@@ -149,7 +160,7 @@ def check_past(pruner: Pruner, cache: Any, past: int) -> None:
     Raises:
         UnsupportedError: naming the method.
     """
-    plain = all(type(layer) in (DynamicLayer, PrunedLayer) for layer in cache.layers)
+    plain = all(type(layer) in (DynamicLayer, PrunedLayer, LentLayer) for layer in cache.layers)
     if past and not plain and "next" in pruner.needs:
         raise UnsupportedError(
             f"{pruner.name} reads the cached keys of the layer behind a stage, so a new image in a later turn needs a "

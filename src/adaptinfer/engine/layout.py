@@ -27,6 +27,8 @@ class PromptLayout:
         real_counts: tokens of each row without padding.
         tail: from this position on all tokens of all rows are real text; N if there is no such position.
         right_padded: whether a row ends with padding.
+        bounds: whether ``text_counts`` and, with padding, ``real_counts`` are no counts but the most that there can be,
+            so that one shape fits many prompts; masks then tell which tokens are there.
     """
 
     vision: Tensor
@@ -38,11 +40,21 @@ class PromptLayout:
     real_counts: tuple[int, ...]
     tail: int
     right_padded: bool
+    bounds: bool = False
 
     @property
     def length(self) -> int:
         """N, padding included."""
         return self.vision.shape[1]
+
+    def text_rectangle(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`rectangle` of the guiding tokens, given as bool [B, n] among those that a layer was given."""
+        index, mask = rectangle(text, self.text_counts)
+        return index, text.gather(1, index) if self.bounds else mask
+
+    def all_real(self, totals: list[int]) -> bool:
+        """Whether rows with so many tokens each fill a rectangle, without a token that is none of a sample's."""
+        return min(totals) == max(totals) and not (self.bounds and self.real is not None)
 
 
 def read_layout(

@@ -33,6 +33,11 @@ class Ranks:
         if size > 1 and not self._groups:
             raise UnsupportedError(f"the model is split over {size} ranks, but {_NO_GROUP}")
 
+    @property
+    def several(self) -> bool:
+        """Whether there is any such group."""
+        return bool(self._groups)
+
     def total(self, held: int, heads: int) -> Callable[[Tensor], Tensor]:
         """A function that adds a tensor up over the ranks that share out a layer's heads.
 

@@ -259,8 +259,8 @@ def _check_method(planner: Planner) -> None:
     pruner = planner.pruner
     if pruner.varies:
         raise UnsupportedError(
-            f"AdaptInfer in vLLM: {pruner.name} settles how many tokens of each prompt stay while it runs, and vLLM must "
-            "be told beforehand; let counts be fixed (mass=None)"
+            f"AdaptInfer in vLLM: {pruner.name} settles how many tokens of each prompt stay while it runs, and vLLM "
+            "must be told beforehand; let counts be fixed (mass=None)"
         )
     if pruner.needs:
         raise UnsupportedError(
