@@ -77,10 +77,12 @@ def test_best_is_the_most_accurate_and_then_the_nearest_to_vanilla():
         for name, given in answers.items()
         for batch, (score, kl) in enumerate(given)
     ]
-    records += [{"condition": "d", "batch": 2, "score": 1, "kl": 0}, {"condition": "e", "batch": 0, "refused": "no"}]
+    records += [{"condition": "d", "batch": 2, "score": 1, "kl": 0}] * 5 + [
+        {"condition": "e", "batch": 0, "refused": ""}
+    ]
     found = search.Search(None, SimpleNamespace(records=lambda: records), {}, {}, {})  # pyright: ignore
     assert found.best(["a", "b", "c", "d", "e"], 2, 3) == ["c", "b", "a"]
-    assert found.best(["d", "a"], 3, 1) == ["a"], "1/3 against 1/2"
+    assert found.best(["d", "a"], 3, 1) == ["d"], "5/7 against 1/2"
 
 
 @pytest.fixture

@@ -44,8 +44,8 @@ class TextGuided(Pruner):
     Attributes:
         words: how votes of different text tokens are brought together.
         heads: share of the heads that count, those with the largest sum of votes; 1 for all. SparseVLM+ has 14 / 32.
-        normalised: each head's votes are divided by their sum, so that a head that hardly looks at the picture, and one
-            that looks at nothing else, weigh the same.
+        normalised: each head's votes, weighed or not, are divided by their sum, so that a head that hardly looks at the
+            picture, and one that looks at nothing else, weigh the same.
         rotary: False takes the votes of queries and keys without rotary embedding (and without cached ones), which
             frees them of the preference for tokens that stand near the text.
         coverage: share of what a stage keeps, rounded down, that is not chosen by votes but to cover the rest.
