@@ -361,9 +361,12 @@ def test_generating_inside_a_generation(models):
 
     with attach(model, AdaptInfer(schedule=STAGES)) as handle:
         expected, within = model.generate(**outer, **OPTIONS), model.generate(**inner, **OPTIONS)
-        stand_in(handle)
+        backend = StandIn()
+        Compiled(handle, backend, torch.device("cpu"), 16, 16)
         assert torch.equal(model.generate(**outer, **OPTIONS, logits_processor=[ask]), expected)
         assert all(torch.equal(each, within) for each in seen)
+        # The first inner answer came before the outer one had decoded; from then on the graph is the outer one's.
+        assert [tape.replays for tape in backend.tapes] == [1 + len(seen), 4 + 4]
 
 
 def test_eviction(models):
@@ -395,9 +398,12 @@ def test_a_graph_in_use_is_not_evicted(models):
 
     with attach(model, AdaptInfer(schedule=STAGES)) as handle:
         expected, within = model.generate(**outer, **OPTIONS), model.generate(**inner, **OPTIONS)
-        compiled = stand_in(handle, max_graphs=1)
+        backend = StandIn()
+        compiled = Compiled(handle, backend, torch.device("cpu"), 1, 16)
         assert torch.equal(model.generate(**outer, **OPTIONS, logits_processor=[ask]), expected)
         assert len(compiled) == 1
+        # Outer prompt; inner prompt and answer; then the outer answer, to its end.
+        assert [tape.replays for tape in backend.tapes] == [1, 1, 4, 4]
 
 
 def test_an_answer_that_ended_keeps_no_graph(models):
