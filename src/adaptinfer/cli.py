@@ -25,6 +25,7 @@ from adaptinfer.benchmark.cli import register as register_bench
 from adaptinfer.calibration.cli import register as register_calibrate
 from adaptinfer.errors import AdaptInferError, InputError
 from adaptinfer.evaluation.cli import register as register_eval
+from adaptinfer.options import Device, DType
 from adaptinfer.schedule import PRESETS, ModelShape, Schedule, ScheduleError, preset
 from adaptinfer.serving.cli import register as register_serve
 
@@ -172,15 +173,8 @@ def _ask(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")
     ] = False,
-    device: Annotated[
-        str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps; auto is cuda if there is one, else cpu.")
-    ] = "auto",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(
-            metavar="NAME", help="float32, bfloat16, float16; auto is float32 on a CPU, else the model's own."
-        ),
-    ] = "auto",
+    device: Device = "auto",
+    dtype: DType = "auto",
 ) -> None:
     """Ask a model about pictures, with most vision tokens pruned.
 

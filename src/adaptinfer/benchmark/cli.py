@@ -9,28 +9,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperCommand
 
 from adaptinfer.errors import InputError
 from adaptinfer.files import write_whole
+from adaptinfer.options import RecordedCommand, recorded_arguments
 from adaptinfer.schedule import Schedule
 
 __all__ = ["register"]
 
-_ARGUMENTS = "adaptinfer.bench.arguments"
-
-
-class _BenchCommand(TyperCommand):
-    """Remembers the arguments as they were given, for the record."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        ctx.meta[_ARGUMENTS] = list(args)
-        return super().parse_args(ctx, args)
-
 
 def register(app: typer.Typer, epilog: str) -> None:
     """Add the sub-command to the application."""
-    app.command("bench", cls=_BenchCommand, epilog=epilog)(_bench)
+    app.command("bench", cls=RecordedCommand, epilog=epilog)(_bench)
 
 
 def _bench(
@@ -210,7 +200,7 @@ def _bench(
         document = {
             "format": FORMAT,
             "version": VERSION,
-            "command": shlex.join(["adaptinfer", "bench", *context.meta[_ARGUMENTS]]),
+            "command": shlex.join(["adaptinfer", "bench", *recorded_arguments(context)]),
             "environment": started,
             "setup": {
                 "model": subject.name,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from adaptinfer.errors import AdaptInferError, InputError
+from adaptinfer.options import Device, DType
 
 if TYPE_CHECKING:
     from adaptinfer.calibration.result import Calibration
@@ -58,15 +59,8 @@ def _calibrate(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
     ] = False,
-    device: Annotated[
-        str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps; auto is cuda if there is one, else cpu.")
-    ] = "auto",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(
-            metavar="NAME", help="float32, bfloat16, float16; auto is float32 on a CPU, else the model's own."
-        ),
-    ] = "auto",
+    device: Device = "auto",
+    dtype: DType = "auto",
 ) -> None:
     """Choose a model's stages and keeps from its own attention.
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from typer.core import TyperCommand
 
 from adaptinfer.errors import InputError
 from adaptinfer.files import write_whole
+from adaptinfer.options import RecordedCommand, recorded_arguments
 
 if TYPE_CHECKING:
     from adaptinfer.evaluation.journal import Journal
@@ -23,21 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
-_ARGUMENTS = "adaptinfer.eval.arguments"
 _INTERRUPTED = 130  # what a shell says of a command stopped by Ctrl-C
-
-
-class _EvalCommand(TyperCommand):
-    """Remembers the arguments as they were given, for the record."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        ctx.meta[_ARGUMENTS] = list(args)
-        return super().parse_args(ctx, args)
 
 
 def register(app: typer.Typer, epilog: str) -> None:
     """Add the sub-command to the application."""
-    app.command("eval", cls=_EvalCommand, epilog=epilog)(_eval)
+    app.command("eval", cls=RecordedCommand, epilog=epilog)(_eval)
 
 
 def _eval(
@@ -154,7 +145,7 @@ def _eval(
     where = ranks.device(device)
     plan = Plan(model, tuple(tasks or ["scenes"]), tuple(found), samples, batch, where, dtype, trust_remote_code)
     _check_budgets(plan, first_refusals, quiet=not ranks.is_main)
-    command = shlex.join(["adaptinfer", "eval", *context.meta[_ARGUMENTS]])
+    command = shlex.join(["adaptinfer", "eval", *recorded_arguments(context)])
     journal = ranks.journal(output, plan)
     try:
         with _progress(not ranks.is_main) as progress:
