@@ -30,7 +30,7 @@ doc_to_text: !function utils.doc_to_text
 doc_to_target: answer
 process_results: !function utils.process_results
 generation_kwargs:
-  max_new_tokens: 4
+  max_new_tokens: 24
   temperature: 0
   do_sample: false
 metric_list:
@@ -45,6 +45,8 @@ UTILS = '''"""Written by benchmarks/lmms_scenes.py."""
 
 from PIL import Image
 
+from adaptinfer.evaluation.metrics import METRICS
+
 
 def doc_to_visual(doc):
     return [Image.open(doc["image"]).convert("RGB")]
@@ -55,14 +57,14 @@ def doc_to_text(doc, lmms_eval_specific_kwargs=None):
 
 
 def process_results(doc, results):
-    return {"exact": float(results[0].strip() == doc["answer"])}
+    return {"exact": METRICS["exact"](results[0], [doc["answer"]])}
 '''
 
 
 def write_task(folder: Path, scenes: int) -> None:
     """The task's YAML, its functions, its questions and its pictures."""
     folder.mkdir(parents=True, exist_ok=True)
-    task = load_task("scenes")
+    task = load_task("world")
     lines = []
     for sample in task.samples(4 * scenes):
         picture = folder / f"{sample.group}.png"

@@ -1,6 +1,6 @@
 """Search for the text-guided configuration that keeps most accuracy at a true budget, on validation scenes.
 
-    python benchmarks/search.py                               # the embedded model, its own validation scenes
+    python benchmarks/search.py                               # the embedded model, validation scenes
     python benchmarks/search.py --candidates 12 --samples 64 128 256 -o build/results/small          # a first look
 
 Candidates (`search_space.py`) are AdaptInfer with one thing changed, for every value of every axis (an ablation by
@@ -8,14 +8,13 @@ itself), and random combinations. They run by successive halving: every rung tak
 All answers are in OUTPUT/answers.jsonl: a run that was stopped goes on, and one that is over prints its tables again.
 
 Figures of the last table are of samples that no earlier rung has seen. The best of many is still flattered by having
-been chosen: confirm it once, on test scenes (`adaptinfer eval --pruner OUTPUT/best-BUDGET`).
+been chosen: confirm it once, on test scenes, by the command that stands below the tables. Test scenes are refused here.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 from collections import defaultdict
@@ -32,12 +31,12 @@ from search_tables import tables
 
 from adaptinfer import METHODS, InputError, Random, ScheduleError
 from adaptinfer.ask import EMBEDDED
-from adaptinfer.embedded import path as embedded_path
 from adaptinfer.evaluation.conditions import VANILLA, Condition
 from adaptinfer.evaluation.journal import Journal, Record
 from adaptinfer.evaluation.runner import Plan, run, units
 from adaptinfer.evaluation.statistics import Resamples, verdict
 from adaptinfer.evaluation.summary import finite, summarise
+from adaptinfer.evaluation.tasks import FORMS
 from adaptinfer.pictures import Picture
 from adaptinfer.pruners.config import to_document
 
@@ -135,8 +134,7 @@ class Search:
 
 def set_up(options: argparse.Namespace) -> Search:
     """The search that the command line asks for; no weights are read."""
-    task = options.task or _task(options.model)
-    plan = Plan(options.model, (task,), (), max(options.samples), options.batch, options.device)
+    plan = Plan(options.model, (options.task,), (), max(options.samples), options.batch, options.device)
     (task,) = plan.loaded_tasks.values()
     sample = plan.loaded_samples[task.name][0]
     shown = [Picture(sample.id, picture) for picture in task.pictures(sample)]
@@ -163,18 +161,11 @@ def set_up(options: argparse.Namespace) -> Search:
     return Search(plan, Journal(options.output, plan.config()), settings, references, unmet)
 
 
-def _task(model: str) -> str:
-    """Validation scenes of the world that the embedded model was trained on."""
-    vision = json.loads((embedded_path() / "config.json").read_text(encoding="utf-8"))["vision_config"]
-    world = vision["image_size"] // vision["patch_size"] >= 16
-    return "world:validation" if world or model != EMBEDDED else "scenes:validation"
-
-
 def main() -> None:
     """Search, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=EMBEDDED)
-    parser.add_argument("--task", help="default: validation scenes of the embedded model's world")
+    parser.add_argument("--task", default="world:validation", help="a file of one's own, or (the default) %(default)s")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.33, 0.22, 0.11, 0.06], help="true averages")
     parser.add_argument("--candidates", type=int, default=60, help="random combinations, beside single changes")
     parser.add_argument("--samples", type=int, nargs="+", default=[128, 384, 1536], help="of each rung, ascending")
@@ -185,6 +176,9 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=RESULTS / "search")
     parser.add_argument("--json", type=Path, help="where to write all figures; default: build/results/search.json")
     options = parser.parse_args()
+    name, _, split = options.task.partition(":")
+    if name in FORMS and split != "validation":
+        parser.error(f"--task {options.task}: what is searched on can confirm nothing; take {name}:validation")
     rungs = [math.ceil(samples / options.batch) for samples in options.samples]
     if rungs != sorted(set(rungs)):
         parser.error("--samples: every rung needs at least one batch more than the one before")
@@ -199,6 +193,7 @@ def main() -> None:
     changes = search.changes(rungs[0])
     for table in tables(search, finalists, entry, changes):
         console.print(table)
+    winners = []
     for budget, reference_name in search.references.items():
         if search.unmet[budget]:
             console.print(
@@ -208,6 +203,8 @@ def main() -> None:
             pruner = search.condition(finalists[budget][0]).pruner
             assert pruner is not None
             pruner.save_pretrained(options.output / f"best-{budget:g}")
+            winners.append(f"--budget {budget:g} --pruner {options.output / f'best-{budget:g}'}")
+    confirm = f"adaptinfer eval --task world --samples 2000 {' '.join(winners)} -o {options.output / 'confirmed'}"
     content = {
         "arguments": {key: str(value) for key, value in vars(options).items()},
         "rungs": [count * options.batch for count in rungs],
@@ -225,6 +222,7 @@ def main() -> None:
         "last_rung": entry,
         "first_rung": {name: {"setting": search.settings[name], **each} for name, each in changes.items()},
     }
+    console.print(f"to confirm, once: {confirm}", soft_wrap=True)
     console.print(f"written to {write('search', finite(content), options.json)}", soft_wrap=True)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import stand_in
 import torch
 from graph_stand_in import StandIn
 from transformers import AutoModelForImageTextToText
@@ -173,14 +174,14 @@ def test_half_precision_stays_finite(dtype):
 def test_a_checkpoint_is_given_its_own_processors_picture():
     embedded = Subject(None, "embedded", "auto", "cpu", "sdpa")
     picture = embedded.picture(None)
-    assert picture.vision_tokens == 64 and embedded.dtype == "float32"
+    assert picture.vision_tokens == 256 and embedded.dtype == "float32"
     made = prompt(picture, embedded.config.text_config.vocab_size, 7, 11, 3, "cpu", "float32")
-    assert made.inputs["input_ids"].shape == (3, 7 + 64 + 11) and made.text_tokens == 18
+    assert made.inputs["input_ids"].shape == (3, 7 + 256 + 11) and made.text_tokens == 18
     placeholder = made.inputs["input_ids"] == embedded.config.image_token_id
-    assert placeholder.sum(dim=1).tolist() == [64] * 3
-    assert placeholder[:, 7].all() and placeholder[:, 70].all()
+    assert placeholder.sum(dim=1).tolist() == [256] * 3
+    assert placeholder[:, 7].all() and placeholder[:, 262].all()
     assert len(made.inputs["pixel_values"]) == 3
-    assert picture_by_processor(embedded._checkpoint, 256).vision_tokens == 64
+    assert picture_by_processor(embedded._checkpoint, 64).vision_tokens == 256
 
 
 def test_variants_stand_in_a_known_order():
@@ -362,8 +363,8 @@ def test_a_published_claim_stands_by_itself(tmp_path, capsys, run):
 
 def test_a_checkpoint_runs(tmp_path):
     result = _invoke(
-        "--model", "embedded", "--device", "cpu", "--budget", "0.3", "--rounds", "1", "--warmup", "0", "--new-tokens",
-        "0", "--attention", "eager", "--json", tmp_path / "out.json",
+        "--model", stand_in.folder(), "--device", "cpu", "--budget", "0.3", "--rounds", "1", "--warmup", "0",
+        "--new-tokens", "0", "--attention", "eager", "--json", tmp_path / "out.json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     document = json.loads((tmp_path / "out.json").read_text())

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from adaptinfer import AdaptInfer, PrunerError
-from adaptinfer.embedded.scenes import sample_scene
+from adaptinfer.embedded.world import sample_scene
 from adaptinfer.errors import InputError
 from adaptinfer.evaluation.conditions import Condition, conditions
-from adaptinfer.evaluation.controls import VIEWS, Evidence, evidence_tokens
+from adaptinfer.evaluation.controls import VIEWS, Evidence, EvidenceBefore, evidence_tokens
 from adaptinfer.evaluation.journal import Journal
 from adaptinfer.evaluation.metrics import METRICS, normalise, yes_or_no
 from adaptinfer.evaluation.plots import draw
@@ -181,37 +181,16 @@ def test_precision_and_recall_by_hand():
 # ---------------------------------------------------------------------------------------------------- tasks
 
 
-def test_scene_tasks_say_where_the_evidence_lies():
-    for sample in load_task("scenes").samples(40):
-        scene, (turn,) = sample_scene(int(sample.group)), sample.turns
-        shown = {(item.row, item.col) for item in scene.objects}
-        assert {cell[1:] for cell in turn.evidence} <= shown and all(cell[0] == 0 for cell in turn.evidence)
-        if turn.kind in ("colour", "shape"):
-            ((_, row, column),) = turn.evidence
-            (asked,) = (item for item in scene.objects if item.cell == (row, column))
-            assert turn.answers == (getattr(asked, turn.kind),)
-
-
-def test_a_pair_asks_about_what_one_picture_alone_has():
-    for sample in load_task("scenes-pair").samples(20):
-        scenes = [sample_scene(int(seed)) for seed in sample.group.split("+")]
-        ((picture, row, column),) = sample.turns[0].evidence
-        (asked,) = (item for item in scenes[picture].objects if item.cell == (row, column))
-        assert asked.shape in sample.turns[0].question and sample.turns[0].answers == (asked.colour,)
-        assert sum(item.shape == asked.shape for scene in scenes for item in scene.objects) == 1
-
-
 def test_tasks_are_the_same_every_time_and_longer_ones_begin_alike():
-    for name in ("scenes", "scenes-turns", "scenes-pair", "scenes:validation"):
+    for name in ("world", "world-turns", "world-pair", "world:validation"):
         few, more = load_task(name).samples(5), load_task(name).samples(9)
         assert list(few) == list(more[:5]) and len(few) == 5 and len(more) == 9
-    assert len(load_task("scenes").samples(None)) == 500
-    assert load_task("scenes").samples(1) != load_task("scenes:validation").samples(1)
-    assert {len(sample.turns) for sample in load_task("scenes-turns").samples(3)} == {4}
+    assert len(load_task("world").samples(None)) == 500
+    assert load_task("world").samples(1) != load_task("world:validation").samples(1)
+    assert {len(sample.turns) for sample in load_task("world-turns").samples(3)} == {4}
 
 
-def test_the_new_world_as_a_task():
-    world = pytest.importorskip("adaptinfer.embedded.world")
+def test_scenes_as_tasks():
     for name in ("world", "world-hard", "world-turns", "world-pair"):
         task = load_task(name)
         samples = task.samples(12)
@@ -222,10 +201,16 @@ def test_the_new_world_as_a_task():
             assert all(picture.mode == "RGB" for picture in pictures)
             for turn in sample.turns:
                 assert all(picture < len(pictures) and max(cell) < task.grid[0] for picture, *cell in turn.evidence)
-    sample = next(sample for sample in load_task("world").samples(40) if sample.turns[0].kind == "attribute")
-    scene = world.sample_scene(int(sample.group), load_task("world").grid[0])
-    things = [{(0, *cell) for cell in thing.cells(scene.grid)} for thing in scene.things]
-    assert set(sample.turns[0].evidence) in things
+
+
+def test_evidence_is_the_patches_of_the_things_asked_about():
+    task = load_task("world")
+    asked = [sample for sample in task.samples(60) if sample.turns[0].kind in ("attribute", "where", "read")]
+    assert len(asked) > 8
+    for sample in asked:
+        scene = sample_scene(int(sample.group), task.grid[0])
+        things = [{(0, *cell) for cell in thing.cells(scene.grid)} for thing in scene.things]
+        assert set(sample.turns[0].evidence) in things
 
 
 def _jsonl(folder: Path, *entries: object) -> str:
@@ -282,7 +267,7 @@ def test_other_files_and_names_that_are_no_tasks(tmp_path):
     with pytest.raises(InputError, match="there is no metric 'bleu'"):
         load_task("a.jsonl:bleu")
     with pytest.raises(InputError, match="there is no split 'nonsense'"):
-        load_task("scenes:nonsense")
+        load_task("world:nonsense")
     with pytest.raises(InputError, match="there is none of that name"):
         load_task("gqa")
 
@@ -307,6 +292,15 @@ def test_a_saved_pruner_takes_part(tmp_path):
     AdaptInfer(budget=0.2, prior_weight=0.5).save_pretrained(tmp_path / "mine")
     (found,) = conditions([], [], saved=[tmp_path / "mine"], controls=False)[1:]
     assert (found.name, found.budget, found.pruner) == ("mine", 0.2, AdaptInfer(budget=0.2, prior_weight=0.5))
+
+
+def test_a_control_that_knows_the_evidence_can_be_asked_for():
+    names = [each.name for each in conditions(["evidence-before", "evidence"], [0.3])]
+    assert names[1:4] == ["evidence-before 0.3", "evidence 0.3", "random 0.3"] and names.count("evidence 0.3") == 1
+    (_, found) = conditions(["evidence-before"], [0.3], controls=False)
+    pruner = found.pruner_for(0, 1, [[3]], [9])
+    assert isinstance(pruner, EvidenceBefore) and (pruner.cells, pruner.counts) == (((3,),), (9,))
+    assert found.is_control and found.seeds == 3
 
 
 def test_conditions_that_make_no_sense():
@@ -361,22 +355,36 @@ def test_evidence_stays_through_all_stages(seed, data):
             assert set(cells[row]) <= set(alive[row])
 
 
+@given(st.integers(0, 2**31), st.data())
+def test_evidence_is_kept_before_the_model_too(seed, data):
+    """Rows of a batch come by shape: here the first and the third are 12 tokens long, the second 9."""
+    counts = (12, 9, 12)
+    cells = tuple(tuple(data.draw(st.lists(st.integers(0, count - 1), max_size=3, unique=True))) for count in counts)
+    pruner = EvidenceBefore(budget=0.5, cells=cells, counts=counts, seed=seed)
+    for rows, count in ((torch.tensor([0, 2]), 12), (torch.tensor([1]), 9)):
+        view = SimpleNamespace(features=torch.zeros(len(rows), count, 2), count=count, keep=4, rows=rows)
+        kept = pruner.select_before(view).kept
+        assert kept.shape == (len(rows), count) and kept.sum(dim=1).tolist() == [4] * len(rows)
+        for row, marks in zip(rows, kept, strict=True):
+            assert set(cells[row]) <= set(marks.nonzero()[:, 0].tolist())
+    whole = SimpleNamespace(features=torch.zeros(3, 9, 2), count=9, keep=4, rows=None)
+    same = EvidenceBefore(budget=0.5, cells=((0,), (3,), (8,)), counts=(9,) * 3, seed=seed)
+    assert [bool(same.select_before(whole).kept[row, cell]) for row, cell in enumerate((0, 3, 8))] == [True] * 3
+
+
 def test_what_is_done_to_pictures():
     pixels = np.arange(64 * 64 * 3, dtype=np.uint32).reshape(64, 64, 3) % 251
     picture = Image.fromarray(pixels.astype(np.uint8))
-    assert VIEWS["resized"][0](picture, 256.0, 0).size == (16, 16)
-    assert VIEWS["resized"][0](picture, 1e9, 0).size == (64, 64)  # never larger
-    assert VIEWS["resized"][0](picture.resize((64, 16)), 256.0, 0).size == (32, 8)
-    blank = np.asarray(VIEWS["blank"][0](picture, 0.0, 0))
+    blank = np.asarray(VIEWS["blank"](picture, 0))
     assert blank.shape == (64, 64, 3) and len(np.unique(blank.reshape(-1, 3), axis=0)) == 1
-    shuffled = np.asarray(VIEWS["shuffled"][0](picture, 0.0, 5))
+    shuffled = np.asarray(VIEWS["shuffled"](picture, 5))
 
     def tiles(values):
         return sorted(values[y : y + 8, x : x + 8].tobytes() for y in range(0, 64, 8) for x in range(0, 64, 8))
 
     assert tiles(shuffled) == tiles(np.asarray(picture)) and (shuffled != np.asarray(picture)).any()
-    assert (shuffled == np.asarray(VIEWS["shuffled"][0](picture, 0.0, 5))).all()
-    assert (shuffled != np.asarray(VIEWS["shuffled"][0](picture, 0.0, 6))).any()
+    assert (shuffled == np.asarray(VIEWS["shuffled"](picture, 5))).all()
+    assert (shuffled != np.asarray(VIEWS["shuffled"](picture, 6))).any()
 
 
 # ---------------------------------------------------------------------------------------------------- the journal

@@ -1,15 +1,16 @@
-"""The control that resizes pictures: grids, what a tower of fixed size sees, and the embedded model end to end."""
+"""The control that resizes pictures: grids, what a tower of fixed size sees, and a small LLaVA end to end."""
 
 from __future__ import annotations
 
 import pytest
+import stand_in
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from adaptinfer import ScheduleError, UnsupportedError, embedded
+from adaptinfer import ScheduleError, UnsupportedError
 from adaptinfer.errors import InputError
 from adaptinfer.resize import Resize, grid_of
 
@@ -18,7 +19,7 @@ TEXT = "USER: <image>\nWhat colour is the star? ASSISTANT:"
 
 @pytest.fixture(scope="module")
 def checkpoint():
-    path = embedded.path()
+    path = stand_in.folder()
     return AutoModelForImageTextToText.from_pretrained(path, dtype="float32").eval(), AutoProcessor.from_pretrained(
         path
     )
@@ -49,13 +50,13 @@ def test_grids_stay_within_the_budget(height, width, most):
     assert 1 <= rows * columns <= most
 
 
-def test_the_embedded_model_reads_fewer_tokens(checkpoint):
+def test_a_tower_of_fixed_size_reads_fewer_tokens(checkpoint):
     model, processor = checkpoint
     image = model.config.image_token_id
     with torch.no_grad():
         vanilla = processor(text=TEXT, images=picture(), return_tensors="pt")
         expected = model(**vanilla).logits
-        for budget, tokens in ((25, 25), (0.25, 16), (40, 36)):
+        for budget, tokens in ((25, 25), (0.25, 64), (40, 36)):
             inputs = Resize(budget).inputs(processor, TEXT, [picture()])
             assert (inputs["input_ids"] == image).sum() == tokens
             with Resize(budget)(model):
@@ -64,8 +65,8 @@ def test_the_embedded_model_reads_fewer_tokens(checkpoint):
             with pytest.raises(ValueError, match="doesn't match model"):
                 model(**inputs)
         assert "forward" not in vars(model.base_model.vision_tower)
-        with Resize(64)(model):  # interpolating to the same size changes nothing
-            whole = Resize(64).inputs(processor, TEXT, [picture()])
+        with Resize(256)(model):  # interpolating to the same size changes nothing
+            whole = Resize(256).inputs(processor, TEXT, [picture()])
             torch.testing.assert_close(model(**whole).logits, expected, atol=1e-3, rtol=0)
 
 
@@ -73,8 +74,8 @@ def test_budgets_are_shared_out_over_pictures(checkpoint):
     model, processor = checkpoint
     two = "USER: <image>\nand <image>\nWhat differs? ASSISTANT:"
     inputs = Resize(0.5).inputs(processor, two, [picture(), picture(300, 200)])
-    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 2 * 30  # 5 x 6 of 32
-    assert inputs["pixel_values"].shape[-2:] in ((80, 96), (96, 80))
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 2 * 121  # 11 x 11 of 128
+    assert inputs["pixel_values"].shape[-2:] == (132, 132)
 
 
 def test_what_cannot_be_done_is_refused(checkpoint):
@@ -82,8 +83,8 @@ def test_what_cannot_be_done_is_refused(checkpoint):
     two = "<image><image>"
     with pytest.raises(InputError, match="less than one vision token a picture"):
         Resize(1).inputs(processor, two, [picture(), picture()])
-    with pytest.raises(ScheduleError, match="budget: 65 is more than the 64"):
-        Resize(65).inputs(processor, TEXT, [picture()])
+    with pytest.raises(ScheduleError, match="budget: 257 is more than the 256"):
+        Resize(257).inputs(processor, TEXT, [picture()])
 
     class Fixed:  # a model whose pictures always yield as many tokens
         image_token, image_token_id = "<image>", processor.image_token_id

@@ -9,10 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import stand_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptinfer import AdaptInfer, Composed, ScheduleError, TextGuided, from_pretrained
+from adaptinfer.evaluation.world import WorldTask
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -97,8 +99,21 @@ def test_a_search_is_halved_and_goes_on_after_a_stop(monkeypatch, tmp_path, caps
     """Stopped in the second rung, run again, and once more when it is over."""
     out = tmp_path / "run"
     command = ["search.py", "--candidates", "2", "--samples", "4", "8", "12", "--batch", "4", "--finalists", "1"]
-    command += ["--budgets", "0.22", "0.06", "-o", str(out), "--json", str(tmp_path / "r.json"), "--device", "cpu"]
+    command += [
+        "--model",
+        stand_in.folder(),
+        "--budgets",
+        "0.22",
+        "0.06",
+        "-o",
+        str(out),
+        "--json",
+        str(tmp_path / "r.json"),
+        "--device",
+        "cpu",
+    ]
     monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(WorldTask, "max_new_tokens", 2)  # random weights do not know when an answer is over
     whole = search.run
 
     def stopped(plan, journal, todo, done):
@@ -129,6 +144,15 @@ def test_a_search_is_halved_and_goes_on_after_a_stop(monkeypatch, tmp_path, caps
         rungs = sorted(map(len, tried.values()), reverse=True)
         second = math.ceil(len(tried) / 3)
         assert rungs == [3] + [2] * (second - 1) + [1] * (len(tried) - second)
-        assert from_pretrained(out / f"best-{budget}").plan(12, 64).true_average(64) <= float(budget) * 64 * 1.01
+        assert from_pretrained(out / f"best-{budget}").plan(12, 256).true_average(256) <= float(budget) * 256 * 1.01
     assert results["last_rung"]["answers"] == 4, "only what no earlier rung has seen"
     assert "cannot meet it" in first and "AdaptInfer with one thing changed" in first
+    assert f"eval --task world --samples 2000 --budget 0.22 --pruner {out}/best-0.22" in first
+
+
+def test_test_scenes_are_not_searched_on(monkeypatch, capsys):
+    for task in ("world", "world-hard:test"):
+        monkeypatch.setattr(sys, "argv", ["search.py", "--task", task])
+        with pytest.raises(SystemExit):
+            search.main()
+        assert "can confirm nothing; take" in capsys.readouterr().err

@@ -113,7 +113,7 @@ def test_bad_requests_are_told_so_while_others_go_on(url):
         (body(question, data_url(b"no picture")), 400, ""),
         (body(question, str(SCENE)), 400, "image_url: must start with data:"),
         (body(question, "file:///etc/hostname"), 400, "image_url: must start with data:"),
-        (body("star " * 3000, scene), 400, "tokens, and this model takes"),
+        (body("star " * 5000, scene), 400, "tokens, and this model takes"),
         ({"model": "embedded"}, 400, "'messages' is missing"),
         ({**body(question, scene), "model": "another"}, 404, "this server has one model"),
         ({**body(question, scene), "colour": 1}, 422, "Unexpected fields"),

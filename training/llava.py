@@ -46,11 +46,15 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> Words:
-    """A fast word-level tokenizer over the world's vocabulary: lower case, punctuation apart."""
+    """A fast word-level tokenizer over the world's vocabulary: lower case, commas apart.
+
+    A question is the same with and without a mark at its end; no scene's question has one, so none is learnt.
+    """
     words = {word.lower() for word in VOCABULARY} | {"?", ".", ",", "!"}
     special = [PAD, UNKNOWN, BEGIN, END, IMAGE, USER, ASSISTANT]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *sorted(words)])}, UNKNOWN))
-    core.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    unmarked = normalizers.Replace(Regex(r"[?.!]"), " ")
+    core.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), unmarked])
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[^\w\s]"), "isolated")]
     )

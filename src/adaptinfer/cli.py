@@ -291,7 +291,7 @@ def _notes(checkpoint: Checkpoint, prompt: Prompt) -> list[str]:
         return []
     words = ", ".join(map(repr, prompt.unknown_words))
     if checkpoint.name == EMBEDDED:
-        return [f"the embedded model only knows drawn scenes of coloured shapes; it has no word for {words}"]
+        return [f"the embedded model only knows drawn scenes of shapes and signs; it has no word for {words}"]
     return [f"the model's tokenizer has no word for {words}"]
 
 

@@ -51,26 +51,44 @@ class Resize:
             InputError: a budget below one token a picture.
             UnsupportedError: the processor's token count does not follow from a picture's size.
         """
-        whole = [_tokens(processor, processor(text=processor.image_token, images=image)) for image in images]
-        parts = shared_out(tokens_of(self.budget, sum(whole)), whole)
-        if min(parts, default=1) < 1:
-            raise InputError(f"budget: {self.budget} is less than one vision token a picture")
-        cell, fixed = _cell(processor), _fixed_size(processor)
-        small, wanted = [], 0
-        for image, most in zip(images, parts, strict=True):
-            seen = _seen(processor, image, fixed) if fixed else image
-            rows, columns = grid_of(seen.height, seen.width, most)
-            small.append(seen.resize((columns * cell, rows * cell)))
-            wanted += rows * columns
-        settings = {"do_resize": False, **({"do_center_crop": False} if fixed else {})}
+        (small,), wanted, settings = self.shrunk(processor, [images])
         inputs = processor(text=text, images=small, return_tensors="pt", **settings)
+        self.check(processor, inputs, wanted)
+        return inputs
+
+    def shrunk(
+        self, processor: Any, images: Sequence[Sequence[Image]]
+    ) -> tuple[list[list[Image]], int, dict[str, bool]]:
+        """The smaller pictures of each prompt, their vision tokens in all, and what tells the processor to take them
+        as they are.
+
+        Raises:
+            As `inputs`.
+        """
+        cell, fixed = _cell(processor), _fixed_size(processor)
+        prompts, wanted = [], 0
+        for shown in images:
+            whole = [_tokens(processor, processor(text=processor.image_token, images=image)) for image in shown]
+            parts = shared_out(tokens_of(self.budget, sum(whole)), whole)
+            if min(parts, default=1) < 1:
+                raise InputError(f"budget: {self.budget} is less than one vision token a picture")
+            small = []
+            for image, most in zip(shown, parts, strict=True):
+                seen = _seen(processor, image, fixed) if fixed else image
+                rows, columns = grid_of(seen.height, seen.width, most)
+                small.append(seen.resize((columns * cell, rows * cell)))
+                wanted += rows * columns
+            prompts.append(small)
+        return prompts, wanted, {"do_resize": False, **({"do_center_crop": False} if fixed else {})}
+
+    def check(self, processor: Any, inputs: Any, wanted: int) -> None:
+        """Raise UnsupportedError if a processor made another number of vision tokens of smaller pictures."""
         found = _tokens(processor, inputs)
         if found != wanted:
             raise UnsupportedError(
                 f"{type(processor).__name__} makes {found} vision tokens of pictures that hold {wanted} patches; its "
                 "token count does not follow the picture's size, so a resized picture is no control for it"
             )
-        return inputs
 
     @contextmanager
     def __call__(self, model: Any) -> Iterator[None]:

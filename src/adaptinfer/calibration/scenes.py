@@ -6,14 +6,17 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+from PIL import Image
+
 from adaptinfer.calibration.samples import Sample
-from adaptinfer.embedded.questions import questions_for
-from adaptinfer.embedded.scenes import SPLITS, render, sample_scene
+from adaptinfer.embedded import patches
+from adaptinfer.embedded.world import SPLITS, Scene, sample_scene
+from adaptinfer.embedded.world.questions import questions_for
+from adaptinfer.embedded.world.render import render
 from adaptinfer.errors import InputError
 
 __all__ = ["SceneSource", "held_out"]
 
-_PIXELS = 512
 _STRIDE = 7_368_787  # a prime that divides no split's size, so that no scene comes twice
 
 
@@ -39,15 +42,23 @@ class SceneSource:
 
     def __getitem__(self, index: int) -> Sample:
         seed = self._scenes[(self._start + index * _STRIDE) % len(self._scenes)]
-        scene = sample_scene(seed)
+        scene = _scene(seed)
         question = questions_for(scene, 0, 1)[0]
-        return Sample(f"scene {seed}", (render(scene, _PIXELS),), question.text, question.kind)
+        return Sample(f"scene {seed}", (_picture(scene),), question.text, question.kind)
 
 
 def held_out(scenes: int, questions: int) -> Iterator[tuple[Sample, str]]:
     """Questions about test scenes with their answers, to judge schedules by. Never a source to calibrate on."""
     for seed in SPLITS["test"][:scenes]:
-        scene = sample_scene(seed)
-        picture = render(scene, _PIXELS)
+        scene = _scene(seed)
+        picture = _picture(scene)
         for question in questions_for(scene, 0, questions):
             yield Sample(f"scene {seed}", (picture,), question.text, question.kind), question.answer
+
+
+def _scene(seed: int) -> Scene:
+    return sample_scene(seed, patches()[0])
+
+
+def _picture(scene: Scene) -> Image.Image:
+    return Image.fromarray(render(scene, patches()[1]))

@@ -38,15 +38,16 @@ class FeatureView:
         pictures: for each picture of a row the grids that its vision tokens fill one after the other, rows x columns:
             one, as a rule; one a frame of a video; two for an any-resolution picture, its overview and its crops put
             together (a column of line ends counts). None where the model does not say.
+        rows: int64 [B], which rows of the call's batch these are; None for all.
     """
 
     features: Tensor
     text: Tensor
     keep: int
     pictures: tuple[Grids, ...] | None
+    rows: Tensor | None
     _images: Images
     _places: Tensor
-    _rows: Tensor | None
     layer: int = BEFORE
 
     @property
@@ -80,7 +81,7 @@ class FeatureView:
         Raises:
             UnsupportedError: the model does not say.
         """
-        return self._images.at(self._places, self._rows, self._images.crops)
+        return self._images.at(self._places, self.rows, self._images.crops)
 
     def groups(self) -> Tensor:
         """Sizes of the groups that merged in the tower, at the tokens that stand for them, [B, V, 1]; else zeros."""
@@ -97,7 +98,7 @@ class FeatureView:
         return self._taken(Read("projector")), lambda features: projector(features.to(self.features.dtype)).float()
 
     def _taken(self, read: Read) -> Tensor:
-        return self._images.at(self._places, self._rows, self._images.taken(read)).float()
+        return self._images.at(self._places, self.rows, self._images.taken(read)).float()
 
     def need_pictures(self, method: str) -> tuple[Grids, ...]:
         """``pictures``. Raises UnsupportedError, in the name of a method, where they are not known."""
@@ -265,9 +266,9 @@ def select_before(
                 text=gather_tokens(embeddings, mine(text_index)[:, :text_count], dim=1),
                 keep=keep,
                 pictures=pictures,
+                rows=at,
                 _images=images,
                 _places=places,
-                _rows=at,
             )
             chosen = pruner.select_before(view)
             if chosen.hidden is not None:

@@ -1,7 +1,7 @@
 """``adaptinfer eval``: methods beside vanilla and controls at equal true budgets, with intervals.
 
     tasks.py        what a task is: samples, turns, reference answers; tasks by name
-    scenes.py       tasks made of the embedded model's drawn scenes
+    world.py        tasks made of the embedded model's drawn scenes
     jsonl.py        a task of your own: a folder of pictures and a JSONL file
     metrics.py      one answer against its references: exact, yes_no, vqa, anls
     conditions.py   what stands side by side: vanilla, methods x budgets x positions, sanity rows

@@ -41,9 +41,9 @@ def _eval(
         typer.Option(
             "--task",
             metavar="NAME",
-            help="scenes, scenes-turns, scenes-pair, world, world-hard, world-turns, world-pair (':validation' behind "
-            "it: other scenes), or FILE.jsonl with pictures beside it (':exact', ':yes_no', ':vqa' or ':anls' behind "
-            "it: its metric). Several times. Taken when nothing is said: scenes.",
+            help="world, world-hard, world-turns, world-pair (':validation' behind it: other scenes), or FILE.jsonl "
+            "with pictures beside it (':exact', ':yes_no', ':vqa' or ':anls' behind it: its metric). Several times. "
+            "Taken when nothing is said: world.",
             show_default=False,
         ),
     ] = None,
@@ -53,8 +53,8 @@ def _eval(
         typer.Option(
             "--method",
             metavar="NAME",
-            help="See 'adaptinfer methods'; several times, or 'all'. The first is compared with the others. Taken when "
-            "nothing is said: adaptinfer.",
+            help="See 'adaptinfer methods'; several times, or 'all'; also evidence-before, a control. The first is "
+            "compared with the others. Taken when nothing is said: adaptinfer.",
             show_default=False,
         ),
     ] = None,
@@ -124,7 +124,7 @@ def _eval(
 ) -> None:
     """Compare methods at true budgets: accuracy with intervals, flips, FLOPs, KV cache, latency; a report.
 
-    [dim]adaptinfer eval --task scenes --method adaptinfer --budget 0.33 --budget 0.11 -o build/eval[/dim]
+    [dim]adaptinfer eval --task world --method adaptinfer --budget 0.33 --budget 0.11 -o build/eval[/dim]
 
     A stopped run goes on with the same command. Several processes: 'accelerate launch -m adaptinfer eval ...'.
     """
@@ -143,7 +143,7 @@ def _eval(
     if ray and ranks.count > 1:
         raise InputError("--ray: not together with accelerate launch; take one of them")
     where = ranks.device(device)
-    plan = Plan(model, tuple(tasks or ["scenes"]), tuple(found), samples, batch, where, dtype, trust_remote_code)
+    plan = Plan(model, tuple(tasks or ["world"]), tuple(found), samples, batch, where, dtype, trust_remote_code)
     _check_budgets(plan, first_refusals, quiet=not ranks.is_main)
     command = shlex.join(["adaptinfer", "eval", *recorded_arguments(context)])
     journal = ranks.journal(output, plan)

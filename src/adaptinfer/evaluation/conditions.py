@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from adaptinfer.errors import AdaptInferError, InputError
-from adaptinfer.evaluation.controls import VIEWS, Evidence
+from adaptinfer.evaluation.controls import ORACLES, RESIZED, VIEWS, Evidence
 from adaptinfer.pruners.base import Positions, Pruner, PrunerError
 from adaptinfer.schedule import ScheduleError
 
@@ -31,7 +31,7 @@ class Condition:
         series: points of one series make a line in plots: a method, a control.
         budget: as it was asked for; methods of one budget are compared with each other.
         pruner: what is attached; None where nothing is pruned.
-        view: what is done to the pictures, a name in `controls.VIEWS`; None leaves them alone.
+        view: what is done to the pictures, a name in `controls.VIEWS` or `RESIZED`; None leaves them alone.
         seeds: runs that are averaged; more than one where chance is involved.
         refusal: why the method cannot be set up at all; then nothing is run.
     """
@@ -63,7 +63,7 @@ class Condition:
         changes: dict[str, Any] = {}
         if _has_seed(type(self.pruner)):
             changes["seed"] = _SEED_STRIDE * seed + batch
-        if isinstance(self.pruner, Evidence):
+        if self.pruner.name in ORACLES:
             changes |= {"cells": tuple(map(tuple, cells)), "counts": tuple(counts)}
         return dataclasses.replace(self.pruner, **changes) if changes else self.pruner
 
@@ -87,7 +87,7 @@ def conditions(
     """Vanilla, then every method at every budget, presets, saved pruners, and controls.
 
     Args:
-        methods: names in `METHODS`; the first is the one that others are compared with.
+        methods: names in `METHODS` or `ORACLES`; the first is the one that others are compared with.
         budgets: true averages in tokens, or below 1 as shares.
         positions: none leaves a method its own; several stand side by side, as an ablation.
         presets: ``[method:]model/label``, published schedules with their papers' positions.
@@ -103,9 +103,10 @@ def conditions(
     from adaptinfer.pruners import METHODS, Random
     from adaptinfer.pruners.config import from_pretrained
 
+    known: dict[str, type[Pruner]] = {**METHODS, **ORACLES}
     for method in methods:
-        if method not in METHODS:
-            raise InputError(f"method: there is no method {method!r}; there are {', '.join(METHODS)}")
+        if method not in known:
+            raise InputError(f"method: there is no method {method!r}; there are {', '.join(known)}")
     for way in positions:
         if way not in get_args(Positions):
             raise InputError(f"positions: must be one of {', '.join(get_args(Positions))}, not {way!r}")
@@ -121,20 +122,17 @@ def conditions(
                 continue
             label = way if len(positions) > 1 and method != "random" else None
             settings = {} if way is None else {"positions": way}
-            found += [_condition(METHODS[method], budget, settings, label, seeds) for budget in budgets]
+            found += [_condition(known[method], budget, settings, label, seeds) for budget in budgets]
     found += [Condition(name, name, None, published(name)) for name in presets]
     for path in saved:
         pruner = from_pretrained(path)
         name = (path.parent if path.is_file() else path).resolve().name
         found.append(Condition(name, name, pruner.budget, pruner, seeds=seeds if _has_seed(type(pruner)) else 1))
     if controls:
-        found += [_condition(Evidence, budget, {}, None, seeds) for budget in budgets]
-        for view, (_, budgeted) in VIEWS.items():
-            found += (
-                [Condition(f"{view} {budget:g}", view, budget, view=view) for budget in budgets]
-                if budgeted
-                else [Condition(view, view, view=view)]
-            )
+        if Evidence.name not in methods:
+            found += [_condition(Evidence, budget, {}, None, seeds) for budget in budgets]
+        found += [Condition(f"{RESIZED} {budget:g}", RESIZED, budget, view=RESIZED) for budget in budgets]
+        found += [Condition(view, view, view=view) for view in VIEWS]
     names = [each.name for each in found]
     for name in names:
         if names.count(name) > 1:

@@ -13,15 +13,20 @@ from PIL import Image, ImageStat
 
 from adaptinfer.errors import InputError
 from adaptinfer.functional import counter_uniform, marked_first
-from adaptinfer.pruners.base import Pruner
+from adaptinfer.pruners.base import Pruner, Selection
+from adaptinfer.pruners.before import Selector, of_score
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from adaptinfer.engine.selection import FeatureView
     from adaptinfer.engine.stage import StageView
     from adaptinfer.evaluation.tasks import Cell
 
-__all__ = ["VIEWS", "Evidence", "evidence_tokens"]
+__all__ = ["ORACLES", "RESIZED", "VIEWS", "Evidence", "EvidenceBefore", "evidence_tokens"]
+
+RESIZED = "resized"
+"""The control that is no change of pictures alone: `adaptinfer.resize.Resize` at each budget."""
 
 _TILES = 8  # along each side of a shuffled picture
 
@@ -44,17 +49,47 @@ class Evidence(Pruner):
     seed: int = 0
 
     def score(self, view: StageView) -> Tensor:
-        device, width = view.vision_index.device, max(self.counts)
-        ranking = counter_uniform(width, self.seed, 0, device).repeat(len(self.counts), 1)
-        for row, (tokens, count) in enumerate(zip(self.cells, self.counts, strict=True)):
-            ranking[row, list(tokens)] += 1
-            ranking[row, count:] = -1
+        ranking = _ranking(self, view.vision_index.device)
         # One ranking for all stages, so the tokens that entered this one are the best of it.
         entered = view.vision_index.shape[1]
         here = entered if view.vision_mask is None else view.vision_mask.sum(dim=1, keepdim=True)
         places = ranking.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         alive = marked_first(places < here, entered)
         return ranking.gather(1, alive)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvidenceBefore(Selector):
+    """The same before the language model, so that no layer ever sees another token.
+
+    Attributes:
+        cells, counts, seed: as in `Evidence`.
+    """
+
+    name: ClassVar[str] = "evidence-before"
+    reference: ClassVar[str] = "control"
+
+    cells: tuple[tuple[int, ...], ...] = ()
+    counts: tuple[int, ...] = ()
+    seed: int = 0
+
+    def select_before(self, view: FeatureView) -> Selection:
+        ranking = _ranking(self, view.features.device)[:, : view.count]
+        return of_score(ranking if view.rows is None else ranking.index_select(0, view.rows), view.keep)
+
+
+def _ranking(control: Evidence | EvidenceBefore, device: torch.device) -> Tensor:
+    """Evidence above the rest in random order above fillers, float32 [B, V]."""
+    width = max(control.counts)
+    ranking = counter_uniform(width, control.seed, 0, device).repeat(len(control.counts), 1)
+    for row, (tokens, count) in enumerate(zip(control.cells, control.counts, strict=True)):
+        ranking[row, list(tokens)] += 1
+        ranking[row, count:] = -1
+    return ranking
+
+
+ORACLES: dict[str, type[Evidence | EvidenceBefore]] = {each.name: each for each in (Evidence, EvidenceBefore)}
+"""Controls that know where the evidence lies, by name."""
 
 
 def evidence_tokens(
@@ -88,21 +123,15 @@ def evidence_tokens(
     ]
 
 
-# What is done to pictures: (picture, pixels the budget would pay for, number of the sample) -> picture.
+# What is done to pictures: (picture, number of the sample) -> picture.
 
 
-def _resized(picture: Image.Image, pixels: float, number: int) -> Image.Image:
-    factor = min(1.0, math.sqrt(pixels / (picture.width * picture.height)))
-    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
-    return picture.resize(size, Image.Resampling.BICUBIC)
-
-
-def _blank(picture: Image.Image, pixels: float, number: int) -> Image.Image:
+def _blank(picture: Image.Image, number: int) -> Image.Image:
     mean = tuple(round(value) for value in ImageStat.Stat(picture).mean)
     return Image.new("RGB", picture.size, mean)
 
 
-def _shuffled(picture: Image.Image, pixels: float, number: int) -> Image.Image:
+def _shuffled(picture: Image.Image, number: int) -> Image.Image:
     width, height = (max(_TILES, edge // _TILES * _TILES) for edge in picture.size)
     values = np.asarray(picture.resize((width, height)) if (width, height) != picture.size else picture)
     tiles = values.reshape(_TILES, height // _TILES, _TILES, width // _TILES, 3).swapaxes(1, 2)
@@ -112,20 +141,17 @@ def _shuffled(picture: Image.Image, pixels: float, number: int) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(mixed.reshape(height, width, 3)))
 
 
-def _wrong(picture: Image.Image, pixels: float, number: int) -> Image.Image:
+def _wrong(picture: Image.Image, number: int) -> Image.Image:
     return picture  # the runner hands in another sample's
 
 
-VIEWS: dict[str, tuple[Callable[[Image.Image, float, int], Image.Image], bool]] = {
-    "resized": (_resized, True),
-    "blank": (_blank, False),
-    "shuffled": (_shuffled, False),
-    "wrong": (_wrong, False),
+VIEWS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
+    "blank": _blank,
+    "shuffled": _shuffled,
+    "wrong": _wrong,
 }
-"""By name: the change, and whether there is one for each budget.
+"""What is done to pictures, by name.
 
-- ``resized``: the picture with as few pixels as the budget has patches. A model that takes pictures as they are then
-  has as many tokens as the budget; one with a fixed size scales it up again, and pays in full for a coarse picture.
 - ``blank``: one colour, the picture's mean: what can be answered without looking.
 - ``shuffled``: cut into 8 x 8 tiles, in random order: what needs no positions.
 - ``wrong``: another sample's picture.

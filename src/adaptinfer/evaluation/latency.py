@@ -16,6 +16,7 @@ from adaptinfer.ask import DECODED_TOKENS, _timed
 from adaptinfer.benchmark.timing import order_of_round, paired_ratios, summarise
 from adaptinfer.errors import AdaptInferError
 from adaptinfer.evaluation.conditions import VANILLA, Condition
+from adaptinfer.evaluation.controls import RESIZED
 
 if TYPE_CHECKING:
     from adaptinfer.evaluation.runner import Plan, Worker
@@ -41,7 +42,7 @@ def measure(plan: Plan, worker: Worker, rounds: int, progress: Callable[[str], N
     prompt = worker.first_prompt(task)
     ready: list[Condition] = []
     for condition in plan.conditions:
-        if condition.pruner is not None or condition.view == "resized" or condition.name == VANILLA:
+        if condition.pruner is not None or condition.view == RESIZED or condition.name == VANILLA:
             try:
                 _run(condition, prompt, worker, plan.checkpoint.device)
                 ready.append(condition)

@@ -26,7 +26,7 @@ _COLOURS = (
     "#d17a22",
 )
 _MARKERS = "osD^vPX*h"
-_CONTROLS = {"random": ("x", "--"), "evidence": ("+", ":"), "resized": ("1", "-.")}
+_CONTROLS = {"random": ("x", "--"), "evidence": ("+", ":"), "evidence-before": ("4", ":"), "resized": ("1", "-.")}
 
 
 def draw(task: dict[str, Any], latency: dict[str, Any] | None) -> bytes:

@@ -32,9 +32,9 @@ _CHANGES = (
 )
 _CONTROLS = (
     "Controls: random keeps random tokens; evidence keeps the tokens of what is asked about (in a conversation, in any "
-    "turn) and fills up at random, which only an evaluation can know; resized shows the picture with as few pixels as "
-    "the budget has patches (a model with a fixed picture size scales it up again and saves nothing); blank shows the "
-    "picture's mean colour, shuffled its tiles in random order, wrong another sample's picture."
+    "turn) and fills up at random, which only an evaluation can know, evidence-before does so in front of the "
+    "language model; resized makes the picture so small that it has no more vision tokens than the budget; blank shows "
+    "the picture's mean colour, shuffled its tiles in random order, wrong another sample's picture."
 )
 _COSTS = (
     "FLOPs (2 x multiply-adds, causal attention at half) and KV bytes are worked out for each sample by itself: the "

@@ -20,6 +20,7 @@ from adaptinfer.evaluation.conditions import VANILLA, Condition
 from adaptinfer.evaluation.journal import Block, Record
 from adaptinfer.evaluation.metrics import METRICS
 from adaptinfer.evaluation.tasks import Sample, SampleError, Task, load_task
+from adaptinfer.resize import Resize
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -247,7 +248,7 @@ class Worker:
                     ]
                 yield [{**record, "condition": condition.name, "seed": seed} for record in [*records, *lost]]
 
-    def first_prompt(self, task_name: str) -> Callable[[Condition], tuple[Batch, Pruner | None]]:
+    def first_prompt(self, task_name: str) -> Callable[[Condition], tuple[Batch, Pruner | Resize | None]]:
         """A function that gives the first usable sample of a task, alone, as a condition sees it.
 
         Raises:
@@ -275,22 +276,26 @@ class Worker:
         samples: Sequence[Sample],
         pictures: dict[str, list[Image.Image]],
         plain: Batch,
-    ) -> tuple[Batch, Pruner | None]:
-        """What a condition makes of a batch: its prompts, and the pruner to be attached."""
-        from adaptinfer.evaluation.controls import Evidence, evidence_tokens
+    ) -> tuple[Batch, Pruner | Resize | None]:
+        """What a condition makes of a batch: its prompts, and what is around the call that answers them."""
+        from adaptinfer.evaluation.controls import ORACLES, RESIZED, evidence_tokens
 
         if condition.refusal is not None:
             raise InputError(condition.refusal)
+        if condition.view == RESIZED:
+            assert condition.budget is not None
+            resize = Resize(condition.budget)
+            return self._batch(samples, pictures, resize), resize
         if condition.view is not None:
-            return self._changed(condition, task, samples, pictures, plain), None
+            return self._changed(condition, task, samples, pictures), None
         cells: list[list[int]] = [[] for _ in samples]
-        if isinstance(condition.pruner, Evidence):
+        if condition.pruner is not None and condition.pruner.name in ORACLES:
             for sample, found, count in zip(samples, cells, plain.vision_tokens, strict=True):
                 asked = [cell for turn in sample.turns for cell in turn.evidence]
                 found += evidence_tokens(asked, task.grid, len(pictures[sample.id]), count)
         return plain, condition.pruner_for(seed, number, cells, plain.vision_tokens)
 
-    def _answer(self, task: Task, samples: Sequence[Sample], batch: Batch, pruner: Pruner | None) -> Outcome:
+    def _answer(self, task: Task, samples: Sequence[Sample], batch: Batch, pruner: Pruner | Resize | None) -> Outcome:
         longest = max(len(sample.turns) for sample in samples)
         # A conversation that is over repeats its last question, so that the batch stays whole; nobody reads the answer.
         later = [
@@ -316,34 +321,23 @@ class Worker:
                 unusable[sample.id] = str(error)
         return pictures, unusable
 
-    def _batch(self, samples: Sequence[Sample], pictures: dict[str, list[Image.Image]]) -> Batch:
-        return self._subject.batch(
-            [sample.turns[0].question for sample in samples], [pictures[sample.id] for sample in samples]
-        )
+    def _batch(
+        self, samples: Sequence[Sample], pictures: dict[str, list[Image.Image]], resize: Resize | None = None
+    ) -> Batch:
+        questions = [sample.turns[0].question for sample in samples]
+        return self._subject.batch(questions, [pictures[sample.id] for sample in samples], resize)
 
     def _changed(
-        self,
-        condition: Condition,
-        task: Task,
-        samples: Sequence[Sample],
-        pictures: dict[str, list[Image.Image]],
-        plain: Batch,
+        self, condition: Condition, task: Task, samples: Sequence[Sample], pictures: dict[str, list[Image.Image]]
     ) -> Batch:
         """The batch with something done to its pictures."""
         from adaptinfer.evaluation.controls import VIEWS
 
-        change, _ = VIEWS[condition.view or ""]
-        changed = {}
-        for sample, tokens in zip(samples, plain.vision_tokens, strict=True):
-            shown = pictures[sample.id]
-            if condition.view == "wrong":
-                shown = self._others(task, sample)
-            budget = condition.budget or 1.0
-            pixels = math.inf
-            if condition.budget is not None:
-                pixels = self._subject.pixels_for((budget * tokens if budget < 1 else budget) / len(shown))
+        change, changed = VIEWS[condition.view or ""], {}
+        for sample in samples:
+            shown = self._others(task, sample) if condition.view == "wrong" else pictures[sample.id]
             number = int.from_bytes(hashlib.sha256(sample.id.encode()).digest()[:4], "big")
-            changed[sample.id] = [change(picture, pixels, number + n) for n, picture in enumerate(shown)]
+            changed[sample.id] = [change(picture, number + n) for n, picture in enumerate(shown)]
         return self._batch(samples, changed)
 
     def _others(self, task: Task, sample: Sample) -> list[Image.Image]:

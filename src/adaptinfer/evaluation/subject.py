@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from adaptinfer.ask import Checkpoint
     from adaptinfer.engine.report import Report
     from adaptinfer.pruners.base import Pruner
+    from adaptinfer.resize import Resize
 
 __all__ = ["Batch", "Cost", "Outcome", "Subject"]
 
@@ -88,13 +89,17 @@ class Subject:
         self.processor.tokenizer.padding_side = "left"
         self.shape = ModelShape.from_config(checkpoint.config)
         self._placeholders = torch.tensor(placeholders_of(checkpoint.config))
-        vision = getattr(checkpoint.config, "vision_config", None)
-        patch, merged = getattr(vision, "patch_size", None), getattr(vision, "spatial_merge_size", 1)
-        self._token_edge = patch * merged if isinstance(patch, int) else None
         self._bytes_per_value = torch.finfo(self.model.dtype).bits // 8
 
-    def batch(self, questions: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> Batch:
+    def batch(
+        self, questions: Sequence[str], pictures: Sequence[Sequence[Image.Image]], resize: Resize | None = None
+    ) -> Batch:
         """Prompts for the first turn of each sample.
+
+        Args:
+            questions: of the samples.
+            pictures: of each sample.
+            resize: makes them smaller; the model then reads them inside ``with resize(model)``.
 
         Raises:
             InputError: the processor refuses them, or a question contains what stands for a picture in this model.
@@ -107,10 +112,15 @@ class Subject:
                     )
         texts = [self._first_text(text, len(shown)) for text, shown in zip(questions, pictures, strict=True)]
         images = [list(shown) for shown in pictures] if any(pictures) else None
+        settings, wanted = {}, 0
+        if resize is not None and images:
+            images, wanted, settings = resize.shrunk(self.processor, images)
         try:
-            inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
+            inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt", **settings)
         except (ValueError, IndexError, RuntimeError) as error:
             raise InputError(f"the model's processor refuses these prompts ({error})") from error
+        if resize is not None:
+            resize.check(self.processor, inputs, wanted)
         return self.counted(inputs)
 
     def counted(self, inputs: Any) -> Batch:
@@ -121,19 +131,9 @@ class Subject:
         inputs = inputs.to(self.model.device, self.model.dtype)
         return Batch(inputs, tuple(counts.tolist()), tuple(text.tolist()))
 
-    def pixels_for(self, tokens: float) -> float:
-        """Pixels that a number of vision tokens shows.
-
-        Raises:
-            InputError: the model's configuration does not tell how large a patch is.
-        """
-        if self._token_edge is None:
-            raise InputError("resized: this model's configuration does not tell how many pixels a vision token shows")
-        return tokens * self._token_edge**2
-
     @torch.no_grad()
     def answer(
-        self, batch: Batch, later: Sequence[Sequence[str]], max_new_tokens: int, pruner: Pruner | None
+        self, batch: Batch, later: Sequence[Sequence[str]], max_new_tokens: int, pruner: Pruner | Resize | None
     ) -> Outcome:
         """Greedy answers to a batch's first questions and to later ones on the same cache.
 
@@ -141,7 +141,7 @@ class Subject:
             batch: the first prompts.
             later: questions of the turns after the first, per sample, as many for each.
             max_new_tokens: longest answer.
-            pruner: attached for the length of the call; None prunes nothing.
+            pruner: attached for the length of the call, or what made the batch's pictures smaller; None: neither.
 
         Raises:
             AdaptInferError: the pruner refuses the model or the prompts.

@@ -1,7 +1,7 @@
 """What a task is: samples with pictures, turns of question and reference answers, and where the evidence lies.
 
 A task's samples are cheap to list; pictures are made or read when a batch needs them, so that a task may be larger than
-memory. Tasks are named on the command line by a word (`scenes`) or a file (`mine.jsonl:anls`), see `load_task`.
+memory. Tasks are named on the command line by a word (`world`) or a file (`mine.jsonl:anls`), see `load_task`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ Cell = tuple[int, int, int]
 
 
 FORMS = {
-    "scenes": "single questions about one picture, four a picture",
-    "scenes-turns": "conversations of four questions about one picture",
-    "scenes-pair": "one question about one of two pictures",
     "world": "single questions of every kind about one picture, four a picture",
     "world-hard": "the same about pictures in which everything is small",
     "world-turns": "conversations of four questions, some of which refer to the one before",
@@ -113,10 +110,11 @@ def load_task(spec: str) -> Task:
         InputError: no such task, split, metric or file, or a file that is malformed.
     """
     from adaptinfer.evaluation.jsonl import JsonlTask
+    from adaptinfer.evaluation.world import WorldTask
 
     name, _, option = spec.rpartition(":") if ":" in spec else (spec, "", "")
     if name in FORMS:
-        return _drawn(name, option or "test")
+        return WorldTask(name, option or "test")
     if name.endswith(".jsonl") and option in ("", *METRICS):
         return JsonlTask(name, option or "exact")
     if spec.endswith(".jsonl"):  # a path with a colon in it
@@ -126,13 +124,3 @@ def load_task(spec: str) -> Task:
     raise InputError(
         f"task {spec!r}: there is none of that name; there are {', '.join(FORMS)}, or give a file that ends in .jsonl"
     )
-
-
-def _drawn(name: str, split: str) -> Task:
-    if name.startswith("scenes"):
-        from adaptinfer.evaluation.scenes import SceneTask
-
-        return SceneTask(name, split)
-    from adaptinfer.evaluation.world import WorldTask
-
-    return WorldTask(name, split)

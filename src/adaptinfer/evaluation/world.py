@@ -3,12 +3,12 @@ two pictures."""
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from adaptinfer.embedded import patches
 from adaptinfer.embedded.world import SPLITS, VERSION, Scene, sample_scene
 from adaptinfer.embedded.world.questions import Question, conversation, pair_questions, questions_for
 from adaptinfer.embedded.world.render import render
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["WorldTask"]
 
 _QUESTIONS = 4  # of a scene, and turns of a conversation
-_LEAST_GRID, _USUAL_PATCH = 16, 12
 
 
 class WorldTask:
@@ -43,7 +42,7 @@ class WorldTask:
             raise InputError(f"task '{form}:{split}': there is no split {split!r}; there are {', '.join(SPLITS)}")
         self.form, self.split = form, split
         self.name = form if split == "test" else f"{form}:{split}"
-        side, self._patch = _patches()
+        side, self._patch = patches()
         self.grid: tuple[int, int] | None = (side, side)
 
     def samples(self, count: int | None) -> Sequence[Sample]:
@@ -72,15 +71,6 @@ class WorldTask:
 def _picture(seed: int, grid: int, hard: bool, patch: int) -> Image.Image:
     """Questions about one picture follow one another, so a few are enough to remember."""
     return Image.fromarray(render(sample_scene(seed, grid, hard), patch))
-
-
-def _patches() -> tuple[int, int]:
-    """Patches along a side of the embedded model's picture, and pixels along a side of a patch."""
-    from adaptinfer.embedded import path
-
-    vision: Any = json.loads((path() / "config.json").read_text(encoding="utf-8"))["vision_config"]
-    side = vision["image_size"] // vision["patch_size"]
-    return (side, vision["patch_size"]) if side >= _LEAST_GRID else (_LEAST_GRID, _USUAL_PATCH)
 
 
 def _turn(question: Question, *scenes: Scene) -> Turn:
