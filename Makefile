@@ -11,7 +11,11 @@ export HF_HUB_OFFLINE ?= 1
 
 demo: $(READY)
 	@mkdir -p build
-	$(BIN)/adaptinfer ask examples/scene.png "What colour is the star?" --budget 0.33 --compare --overlay build/demo.png
+	$(BIN)/python -m adaptinfer.embedded draw --seed 6 build/scene.jpg
+	$(BIN)/adaptinfer ask build/scene.jpg "How many crosses are there?" --budget 0.33
+	$(BIN)/adaptinfer ask build/scene.jpg "What does the black sign say?" --budget 0.33
+	$(BIN)/adaptinfer ask build/scene.jpg "Is the star left of the red moon?" --budget 0.33
+	$(BIN)/adaptinfer ask build/scene.jpg "What colour is the star?" --budget 0.33 --compare --overlay build/demo.png
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not full and not slow and not gpu"
@@ -43,7 +47,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/adaptinfer bench --shape llava-1b
-	$(BIN)/python benchmarks/embedded_accuracy.py
+	$(BIN)/adaptinfer eval --task world --method adaptinfer -o build/eval
 
 $(READY): requirements.lock pyproject.toml
 	@echo "Setting up $(VENV) (once, some minutes; 1.5 GB with a CPU build of torch, more with CUDA)"

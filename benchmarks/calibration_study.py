@@ -1,7 +1,7 @@
 """The calibration study: how many samples a schedule needs, whether it moves with the question, and what it is worth.
 
-    python benchmarks/calibration_study.py                      # all parts, then docs-ready tables
-    python benchmarks/calibration_study.py --samples 128 --scenes 50 -o build/small     # the same, small
+    python benchmarks/calibration_study.py              # all parts, then docs-ready tables: 20 minutes on two cores
+    python benchmarks/calibration_study.py --quick      # a minute or two: shows that every part works, and nothing else
 
 Parts: the recording (training scenes), `sizes`, `kinds`, `seeds`, `worth`. Each writes OUTPUT/PART.json at its end,
 and is left out if it was made with the same options before; the recording goes on where it was stopped.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from adaptinfer.calibration.result import interval
 from adaptinfer.calibration.samples import Sample
 from adaptinfer.calibration.scenes import held_out
 from adaptinfer.calibration.shifts import detect_shifts, distances
+from adaptinfer.evaluation.metrics import METRICS
+from adaptinfer.evaluation.world import WorldTask
 
 STAGES = 3
 BATCH = 32
@@ -66,14 +69,20 @@ def main() -> None:
     """Run every part that is not there yet, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=EMBEDDED)
-    parser.add_argument("--samples", type=int, default=2048, help="half of them shape schedules, half judge them")
-    parser.add_argument("--repeats", type=int, default=20, help="draws of each size")
+    parser.add_argument("--samples", type=int, default=512, help="half of them shape schedules, half judge them")
+    parser.add_argument("--repeats", type=int, default=10, help="draws of each size")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.33, 0.22, 0.11], help="true average shares")
-    parser.add_argument("--scenes", type=int, default=500, help="test scenes, for accuracy")
+    parser.add_argument("--scenes", type=int, default=100, help="test scenes, for accuracy")
     parser.add_argument("--questions", type=int, default=4, help="for each of them")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-o", "--output", type=Path, default=RESULTS / "calibration_study")
+    parser.add_argument("--quick", action="store_true", help="as few samples, draws, budgets and scenes as make sense")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="default: build/results/calibration_study, or -quick behind it"
+    )
     options = parser.parse_args()
+    if options.quick:
+        options.samples, options.repeats, options.budgets, options.scenes = 64, 2, [0.22], 4
+    options.output = options.output or RESULTS / f"calibration_study{'-quick' if options.quick else ''}"
     told = {key: str(value) for key, value in vars(options).items() if key != "output"}
 
     job = Job(
@@ -150,8 +159,11 @@ def kinds(study: Study) -> dict[str, Any]:
     """A schedule for each kind of question, judged on each kind: does it move, and what does moving it gain?"""
     shaping, judging = halves(study)
     share = study.options.budgets[len(study.options.budgets) // 2]
-    names = sorted({reading.kind for reading in study.readings})
-    least = min(sum(reading.kind == name for reading in shaping) for name in names)
+    counts = Counter(reading.kind for reading in shaping)
+    fair = len(shaping) / len(counts) / 2  # kinds that few scenes can be asked about would leave all others few samples
+    judged = {reading.kind for reading in judging}
+    names = sorted(name for name in counts if counts[name] >= fair and name in judged)
+    least = min(counts[name] for name in names)
     sets = {name: [reading for reading in shaping if reading.kind == name][:least] for name in names}
     sets["all kinds"] = shaping[:: max(1, len(shaping) // least)][:least]
     judges = {name: study.mass([reading for reading in judging if reading.kind == name]) for name in names}
@@ -238,7 +250,10 @@ def answering(study: Study) -> Callable[[Schedule | None], list[bool]]:
     options, file = study.options, study.options.output / "answers.json"
     model, processor = study.checkpoint.load(), study.checkpoint.processor
     asked = list(held_out(options.scenes, options.questions))
-    batches = [asked[start : start + BATCH] for start in range(0, len(asked), BATCH)]
+    order = sorted(
+        range(len(asked)), key=lambda place: asked[place][0].kind
+    )  # a batch is as slow as its longest answer
+    batches = [order[start : start + BATCH] for start in range(0, len(asked), BATCH)]
     key = f"{study.fingerprint} {options.scenes} {options.questions}"
     known: dict[str, list[bool]] = json.loads(file.read_text()).get(key, {}) if file.exists() else {}
 
@@ -246,14 +261,15 @@ def answering(study: Study) -> Callable[[Schedule | None], list[bool]]:
     def answer(schedule: Schedule | None) -> list[bool]:
         name = "vanilla" if schedule is None else _stages(stages_of(schedule))
         if name not in known:
-            right = []
+            right = [False] * len(asked)
             pruner = AdaptInfer(schedule=schedule or Schedule((), study.checkpoint.num_layers))
             with pruner(model):
                 for batch in track(batches, f"asking, {name}"):
-                    inputs = prompts(processor, [sample for sample, _ in batch])
-                    tokens = model.generate(**inputs, max_new_tokens=4)[:, inputs["input_ids"].shape[1] :]
-                    said = processor.batch_decode(tokens, skip_special_tokens=True)
-                    right += [text.strip() == expected for text, (_, expected) in zip(said, batch, strict=True)]
+                    inputs = prompts(processor, [asked[place][0] for place in batch])
+                    out = model.generate(**inputs, max_new_tokens=WorldTask.max_new_tokens)
+                    said = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+                    for place, text in zip(batch, said, strict=True):
+                        right[place] = METRICS[WorldTask.metric](text, [asked[place][1]]) == 1
             known[name] = right
             file.write_text(json.dumps({key: known}))
         return known[name]

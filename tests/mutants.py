@@ -921,6 +921,20 @@ MUTANTS = [
         "tests/test_evaluation.py",
     ),
     Mutant(
+        "eval: in a batch of several shapes evidence is that of other rows",
+        "evaluation/controls.py",
+        "ranking if view.rows is None else ranking.index_select(0, view.rows)",
+        "ranking[: len(view.features)]",
+        "tests/test_evaluation.py::test_evidence_is_kept_before_the_model_too",
+    ),
+    Mutant(
+        "eval: a resized picture is read with all of its tokens",
+        "evaluation/runner.py",
+        "            return self._batch(samples, pictures, resize), resize",
+        "            return self._batch(samples, pictures), resize",
+        "tests/test_evaluation_run.py::test_a_resized_picture_costs_what_it_shows",
+    ),
+    Mutant(
         "eval: an agreeing annotator counts for himself",
         "evaluation/metrics.py",
         "min(1.0, (agreeing - (other == said)) / 3)",

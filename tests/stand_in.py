@@ -1,5 +1,5 @@
-"""A stand-in for the embedded model where no right answer is needed: its tokenizer, its processor, as many vision tokens
-and layers, but narrow and with random weights."""
+"""A stand-in for the embedded model where no right answer is needed: its tokenizer, its processor, as many vision
+tokens and layers, but narrow and with random weights."""
 
 from __future__ import annotations
 

@@ -494,7 +494,7 @@ def test_the_command_writes_schedule_curves_and_plot(calibrated):
     assert set(provenance["versions"]) == {"adaptinfer", "python", "torch", "transformers"}
     curves = json.loads((folder / "curves.json").read_text())
     assert sum(curves["mass_by_layer"]["mean"]) == pytest.approx(1)
-    assert sum(curves["published_detector"]["counts"]) == 12 * 6
+    assert sum(curves["published_detector"]["counts"]) == 12 * 25  # samples, and a tenth of the vision tokens
     assert curves["candidates"][-1]["kept_mass"] == provenance["kept_mass"]
     assert curves["frontier"] == sorted(curves["frontier"], key=lambda point: point["optimised"])
     assert Image.open(folder / "calibration.png").size[0] > 1500

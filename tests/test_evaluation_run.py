@@ -1,4 +1,4 @@
-"""`adaptinfer eval` on a stand-in for the embedded model: batches, turns, costs, kill and resume, bad input, adapters."""
+"""`adaptinfer eval` on a stand-in for the embedded model: batches, turns, costs, kill and resume, adapters."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from adaptinfer.evaluation.runner import Plan, Unit, Worker, run, units
 from adaptinfer.evaluation.scale import Ranks
 from adaptinfer.evaluation.tasks import load_task
 from adaptinfer.evaluation.world import WorldTask
+from adaptinfer.resize import Resize
 
 ANSWERS = "answers.jsonl"
 
@@ -143,6 +144,29 @@ def test_records_say_what_the_engine_did(worker):
     assert (vanilla[0]["flops"], vanilla[0]["kv_bytes"]) == (report.vanilla_flops, report.vanilla_kv_bytes)
     assert all(record["kl"] == 0 and record["top1"] for record in vanilla)
     assert all(record["kl"] > 0 for record in pruned)
+
+
+def test_a_resized_picture_costs_what_it_shows(worker):
+    """A batch of one picture's questions, conversations, and pairs, against the control used by hand."""
+    found = tuple(each for each in conditions(["adaptinfer"], [0.2]) if each.name in ("vanilla", "resized 0.2"))
+    tasks = ("world", "world-turns", "world-pair")
+    plan = Plan(stand_in.folder(), tasks, found, 2, 2)
+    records = _answers(worker, plan)
+    for (task, name, _, sample, turn), record in records.items():
+        if name != "vanilla" and turn == 0:
+            assert record["vision_tokens"] == (2 * 49 if task == "world-pair" else 49)  # 7 x 7 of 51
+            assert record["true_average"] == record["vision_tokens"]
+            assert record["flops"] < 0.45 * records[task, "vanilla", 0, sample, 0]["flops"]
+    sample = plan.loaded_samples["world"][0]
+    inputs = Resize(0.2).inputs(
+        worker._subject.processor,
+        worker._subject._first_text(sample.turns[0].question, 1),
+        plan.loaded_tasks["world"].pictures(sample),
+    )
+    with Resize(0.2)(worker.model):
+        out = worker.model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    text = worker._subject._texts(out[:, inputs["input_ids"].shape[1] :])
+    assert text == [records["world", "resized 0.2", 0, sample.id, 0]["answer"]]
 
 
 def test_divergence_is_taken_from_vanilla():

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from adaptinfer import embedded
+from adaptinfer.embedded.__main__ import picture
+from adaptinfer.embedded.world import SPLITS, sample_scene
+from adaptinfer.evaluation.runner import weights_digest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+
+import card
+import measure
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -15,16 +29,23 @@ def test_the_ten_lines_run(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     exec(compile(code, "README.md", "exec"), {})
     printed = capsys.readouterr().out
-    assert "red" in printed and "(64, 36, 36, 36, 36, 9" in printed
+    assert "yellow" in printed and "(256, 146, 146, 146, 146, 36" in printed
 
 
-def test_accuracy_is_that_of_the_committed_run():
-    card = (ROOT / "src/adaptinfer/embedded/checkpoint/README.md").read_text(encoding="utf-8")
-    results = json.loads((ROOT / "benchmarks/results/embedded_accuracy.json").read_text())["results"]
-    for result in results.values():
-        cells = [f"{100 * r['share']:.1f} ± {r['margin_points']:.1f}" for r in result["accuracy"].values()]
-        assert " | ".join(cells) in README
-        assert " | ".join(cells) in card
+def test_the_examples_picture_is_the_demos_scene():
+    scene = sample_scene(SPLITS["test"][6], embedded.patches()[0])
+    assert (np.asarray(Image.open(ROOT / "examples/scene.png")) == np.asarray(picture(scene, 384))).all()
+    assert "draw --seed 6 " in (ROOT / "Makefile").read_text()
+
+
+def test_accuracy_is_that_of_the_committed_runs_on_the_shipped_weights():
+    """`training/train.py measure`, then `... card`, wrote the card and the README's table, from these weights."""
+    documents = card.read(measure.RESULTS)
+    for name in measure.RUNS:
+        assert documents[name]["weights"] == weights_digest("embedded"), f"{name}.json is of another model"
+    shipped = ROOT / "src/adaptinfer/embedded/checkpoint/README.md"
+    assert shipped.read_text(encoding="utf-8") == card.card(documents)
+    assert card.into(README, card.pruned(documents)) == README
 
 
 def test_speed_is_that_of_the_committed_run():

@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stand_in
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from adaptinfer.embedded.world.render import render
 from adaptinfer.embedded.world.scene import sample_scene
+from adaptinfer.evaluation.world import WorldTask
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
+import card
+import measure
 import train  # pyright: ignore
 from config import PRESETS
 from data import IGNORED, PAIR, SINGLE, TARGETS, Lessons, patch_labels
@@ -24,6 +28,7 @@ from language import train_language
 from llava import build_tokenizer
 from tower import train_tower
 
+ROOT = Path(__file__).parent.parent
 TOY = dataclasses.replace(PRESETS["toy"], tower_steps=6, align_steps=2, steps=4, evaluate_every=2, held_out=4)
 EVENLY = dict.fromkeys((*SINGLE, PAIR), 1.0)
 
@@ -71,7 +76,7 @@ def test_logs_tell_of_every_kind(trained):
     rows = [json.loads(line) for line in (trained[0] / "language.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4]
     assert set(rows[-1]["later"]) <= {*SINGLE, "follow_up"} and set(rows[-1]["pairs"]) == {PAIR}
-    train.draw_curves(trained[0])
+    train.draw_curves(rows, trained[0] / "curve.png")
     assert (trained[0] / "curve.png").stat().st_size > 1000
 
 
@@ -117,3 +122,50 @@ def test_labels_name_the_middle_of_each_thing():
         assert labels[row, col, -2:].tolist() == [row, col]
     elsewhere = labels[labels[..., 0] != 2]
     assert (elsewhere[:, [1, 3, 4, 5]] == IGNORED).all() and len(TARGETS) == labels.shape[-1]
+
+
+# ------------------------------------------------------------------------------------------------------ the model card
+
+
+def test_the_card_is_made_of_results_alone(trained, tmp_path, monkeypatch):
+    """Every run of `measure` on a stand-in, then the card with its picture, then both again without work."""
+    monkeypatch.setattr(measure, "EMBEDDED", stand_in.folder())
+    monkeypatch.setattr(WorldTask, "max_new_tokens", 1)
+    monkeypatch.setattr(train, "CHECKPOINT", ROOT / "src/adaptinfer/embedded/checkpoint")
+    monkeypatch.setitem(PRESETS, "toy", TOY)
+    results, made = tmp_path / "results", tmp_path / "made"
+    with pytest.raises(FileNotFoundError, match="training.json is missing; it is made by: .*card --out"):
+        card.read(results)
+    train.measured(["validation"], 2, results, tmp_path / "work", "cpu")
+    document = json.loads((results / "validation.json").read_text())
+    assert document["weights"] and [task["answers"] for task in document["tasks"]] == [2, 2]
+    answers = tmp_path / "work" / "validation" / "answers.jsonl"
+    before = answers.read_bytes()
+    train.measured(["validation"], 2, results, tmp_path / "work", "cpu")
+    assert answers.read_bytes() == before
+    with pytest.raises(train.typer.BadParameter, match="measure --only validation-more"):
+        train.card("toy", trained[0], results, made, False)
+    train.measured([name for name in measure.RUNS if name != "validation"], 2, results, tmp_path / "work", "cpu")
+    train.card("toy", trained[0], results, made, False)
+    text = (made / "src/adaptinfer/embedded/checkpoint/README.md").read_text()
+    documents = card.read(results)
+    assert text == card.card(documents) and "4 × 4 pictures" in text  # steps and batch of the toy
+    assert (made / "training" / "curve.png").stat().st_size > 1000
+    table = card.pruned(documents)
+    assert table in text and table in (made / "README.md").read_text()
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in table.splitlines()}
+    (task,) = documents["pruned"]["tasks"]
+    found = next(row for row in task["conditions"] if row["name"] == "adaptinfer 64")
+    assert rows["64, adaptinfer"][1:3] == [
+        f"{found['true_average']:.1f}",
+        f"{100 * found['accuracy']['value']:.1f} ± {50 * (found['accuracy']['high'] - found['accuracy']['low']):.1f}",
+    ]
+    assert rows["16, adaptinfer"][2] == "not met" and float(rows["16, divprune >> adaptinfer"][1]) <= 16
+
+
+def test_what_stands_between_the_marks_is_replaced():
+    text = f"before\n{card.BEGIN}\nold\n{card.END}\nafter"
+    assert card.into(text, "new") == f"before\n{card.BEGIN}\n\nnew\n\n{card.END}\nafter"
+    assert card.into(card.into(text, "x"), "new") == card.into(text, "new")
+    with pytest.raises(ValueError, match="substring not found"):
+        card.into("no marks", "new")

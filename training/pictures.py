@@ -21,10 +21,12 @@ from adaptinfer import embedded
 from adaptinfer.embedded.world.questions import KINDS, Question, questions_for
 from adaptinfer.embedded.world.render import render
 from adaptinfer.embedded.world.scene import SPLITS, Scene, sample_scene
+from adaptinfer.evaluation.metrics import METRICS
 
 _PATCH = 28  # pixels of a patch, as a user's picture; the processor shrinks it
 _KINDS = ("attribute", "read", "count", "two_hop")  # shown in the picture of attention
 _WRONG = 8  # failures shown
+_LOOKED_AT = 400  # test scenes
 
 File = Annotated[Path, typer.Argument(help="Picture to write.")]
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
@@ -34,14 +36,12 @@ def _loaded(attention: str) -> tuple[Any, Any, int]:
     model: Any = AutoModelForImageTextToText.from_pretrained(
         embedded.path(), dtype=torch.float32, attn_implementation=attention
     )
-    processor = AutoProcessor.from_pretrained(embedded.path())
-    vision = model.config.vision_config
-    return model, processor, vision.image_size // vision.patch_size
+    return model, AutoProcessor.from_pretrained(embedded.path()), embedded.patches()[0]
 
 
 def _inputs(processor: Any, scene: Scene, question: Question) -> Any:
     picture = Image.fromarray(render(scene, _PATCH))
-    text = f"USER: <image>\n{question.text}? ASSISTANT:"
+    text = f"USER: <image>\n{question.text} ASSISTANT:"
     return processor(text=text, images=picture, return_tensors="pt")
 
 
@@ -56,7 +56,7 @@ def attention(file: File, seed: int = 5) -> None:
     model, processor, grid = _loaded("eager")
     layers = model.config.text_config.num_hidden_layers
     shown = list(range(0, layers, max(1, layers // 8)))
-    figure, axes = plt.subplots(len(_KINDS), 1 + len(shown), figsize=(2 * (1 + len(shown)), 2.4 * len(_KINDS)))
+    figure, axes = plt.subplots(len(_KINDS), 1 + len(shown), figsize=(2 * (1 + len(shown)), 2.7 * len(_KINDS)))
     for row, kind in zip(axes, _KINDS, strict=True):
         scene, question = next(
             (scene, asked[0])
@@ -82,6 +82,7 @@ def attention(file: File, seed: int = 5) -> None:
     figure.suptitle("Where the question looks; in % the attention that goes to the picture")
     figure.tight_layout()
     figure.savefig(file, dpi=90)
+    plt.close(figure)
 
 
 @app.command()
@@ -89,13 +90,13 @@ def failures(file: File) -> None:
     """Questions on test scenes that the model gets wrong, no two of one kind while there are others."""
     model, processor, grid = _loaded("sdpa")
     found: dict[str, tuple[Scene, Question, str]] = {}
-    for seed in SPLITS["test"][:400]:
+    for seed in SPLITS["test"][:_LOOKED_AT]:
         scene = sample_scene(seed, grid)
         for question in questions_for(scene, 0, 6):
             if question.kind in found:
                 continue
             given = _answer(model, processor, _inputs(processor, scene, question))
-            if given != question.answer.lower():
+            if not METRICS["exact"](given, [question.answer]):
                 found[question.kind] = scene, question, given
         if len(found) == _WRONG:
             break
@@ -110,6 +111,7 @@ def failures(file: File) -> None:
         axis.set_title(f"{textwrap.fill(text, 44)}\nright: {question.answer}   given: {given}", fontsize=9)
     figure.tight_layout()
     figure.savefig(file, dpi=80)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

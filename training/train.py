@@ -4,6 +4,8 @@
     python training/train.py language --preset cpu   # phase 2: projector and language model, on questions
     python training/train.py export --preset cpu     # write the checkpoint folder that the package ships
     python training/train.py all --preset full       # all of it
+    python training/train.py measure                 # evaluate the shipped checkpoint: benchmarks/results/embedded/
+    python training/train.py card --preset cpu       # model card, its pictures and the README's table, from these
 
 The two phases are LLaVA's: a tower that already sees, frozen, then a language model that learns to use it. Both go on
 from their last save, exactly as if they had never stopped, and stop by themselves after ``--minutes``. What a scene is
@@ -15,17 +17,23 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from card import card as model_card
+from card import into, pruned, read, record
 from config import PRESETS, Config
 from language import train_language
 from llava import build_model, build_processor, build_tokenizer
+from measure import RESULTS, RUNS, measure
+from pictures import attention, failures
 from safetensors.torch import load_file, save_file
 from tower import train_tower
 
-CHECKPOINT = Path(__file__).parent.parent / "src" / "adaptinfer" / "embedded" / "checkpoint"
+ROOT = Path(__file__).parent.parent
+CHECKPOINT = ROOT / "src" / "adaptinfer" / "embedded" / "checkpoint"
+WORK = Path("build") / "embedded-card"
 _SHARD = "15MB"
 
 Preset = Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")]
@@ -54,7 +62,7 @@ def language(preset: Preset = "full", out: Out = None, minutes: Minutes = 1e9) -
     """Train projector and language model on questions, and draw the curves."""
     config, folder = _settle(preset, out)
     train_language(config, folder, minutes)
-    draw_curves(folder)
+    draw_curves(_rows(folder), folder / "curve.png")
 
 
 @app.command()
@@ -86,8 +94,57 @@ def everything(
     """Tower, language model and export in one go; ``--minutes`` counts for each phase."""
     config, folder = _settle(preset, out)
     if train_tower(config, folder, minutes) and train_language(config, folder, minutes):
-        draw_curves(folder)
+        draw_curves(_rows(folder), folder / "curve.png")
         export(preset, out, to)
+
+
+@app.command(name="measure")
+def measured(
+    only: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(RUNS)}; several times. All if none.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Of each task, in place of a run's own number.")] = None,
+    results: Annotated[Path, typer.Option(help="Folder of the JSON files.")] = RESULTS,
+    work: Annotated[Path, typer.Option(help="Folder of the answers; a run that was stopped goes on there.")] = WORK,
+    device: Annotated[str, typer.Option(help="cpu, cuda; auto: cuda if there is one.")] = "auto",
+) -> None:
+    """Evaluate the shipped checkpoint for the model card."""
+    if unknown := sorted(set(only or ()) - set(RUNS)):
+        raise typer.BadParameter(f"unknown {', '.join(unknown)}; known are {', '.join(RUNS)}", param_hint="--only")
+    measure(only or list(RUNS), samples, results, work, device)
+
+
+@app.command()
+def card(
+    preset: Preset = "full",
+    out: Out = None,
+    results: Annotated[Path, typer.Option(help="Folder of the JSON files that `measure` wrote.")] = RESULTS,
+    to: Annotated[Path, typer.Option(help="Folder to write into, laid out as the repository.")] = ROOT,
+    pictures: Annotated[bool, typer.Option(help="Draw failures and attention, which takes the model.")] = True,
+) -> None:
+    """Write the model card, its pictures, the training curve, and the README's table of accuracy."""
+    config, folder = _settle(preset, out)
+    if (folder / "language.jsonl").exists():
+        record(preset, config, folder, CHECKPOINT, results)
+    try:
+        documents = read(results)
+    except FileNotFoundError as error:
+        raise typer.BadParameter(str(error), param_hint="--results") from None
+    written = {
+        to / CHECKPOINT.relative_to(ROOT) / "README.md": model_card(documents),
+        to / "README.md": into((ROOT / "README.md").read_text(encoding="utf-8"), pruned(documents)),
+    }
+    for file, text in written.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    (to / "training").mkdir(exist_ok=True)
+    draw_curves(documents["training"]["curve"], to / "training" / "curve.png")
+    if pictures:
+        images = to / "docs" / "images"
+        images.mkdir(parents=True, exist_ok=True)
+        attention(images / "embedded_attention.png")
+        failures(images / "embedded_failures.png")
+    print(f"written: {', '.join(str(file) for file in written)}")
 
 
 def _name_as_published(folder: Path) -> None:
@@ -107,11 +164,15 @@ def _name_as_published(folder: Path) -> None:
         index.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def draw_curves(folder: Path) -> None:
-    """Draw loss and held-out accuracy of phase 2 over the steps."""
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """The log of phase 2."""
+    return [json.loads(line) for line in (folder / "language.jsonl").read_text().splitlines()]
+
+
+def draw_curves(rows: list[dict[str, Any]], file: Path) -> None:
+    """Draw loss and held-out accuracy of phase 2 over the steps, from its log."""
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in (folder / "language.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows]
     figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(9, 8))
     upper.plot(steps, [row["loss"] for row in rows])
@@ -122,7 +183,8 @@ def draw_curves(folder: Path) -> None:
         lower.plot(steps, shares, label=kind, color=colour)
     lower.set(xlabel="step", ylabel="right answers on validation scenes, %")
     lower.legend(ncols=3, fontsize=8)
-    figure.savefig(folder / "curve.png", dpi=120, bbox_inches="tight")
+    figure.savefig(file, dpi=120, bbox_inches="tight")
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from adaptinfer import embedded
 
 LAYERS = 6
 _TEXT = {
-    "vocab_size": 80,
+    "vocab_size": len(json.loads((embedded.path() / "tokenizer.json").read_text())["model"]["vocab"]),
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": LAYERS,

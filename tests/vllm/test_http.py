@@ -23,7 +23,7 @@ from adaptinfer.serving.settings import to_json
 
 # The embedded model's chat template leaves the first token to the tokenizer, which vLLM's chat calls only if told to.
 EXTRA = {"ignore_eos": True, "add_special_tokens": True}
-PRUNER = AdaptInfer(schedule=Schedule((Stage(1, 30), Stage(4, 12), Stage(8, 4)), 12, vision_tokens=64))
+PRUNER = AdaptInfer(schedule=Schedule((Stage(1, 120), Stage(4, 48), Stage(8, 16)), 12, vision_tokens=256))
 
 
 def data_url(image) -> str:
@@ -49,7 +49,7 @@ def server(tmp_path_factory):
     }
     environment |= {"ADAPTINFER_CONFIG": to_json(PRUNER), "VLLM_LOG_STATS_INTERVAL": "1"}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(embedded.path())]
-    command += ["--served-model-name", "scenes", "--port", str(port), "--dtype", "float32", "--max-model-len", "512"]
+    command += ["--served-model-name", "scenes", "--port", str(port), "--dtype", "float32", "--max-model-len", "1024"]
     command += ["--limit-mm-per-prompt", '{"image": 2}', "--kv-cache-memory-bytes", str(2**28)]
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as process:
         url = f"http://127.0.0.1:{port}"
@@ -88,7 +88,7 @@ def test_many_clients_and_bad_requests(server, client, processes):
     bad = [
         lambda: ask(client, message("what?", corrupt)),
         lambda: ask(client, message("what?", *three)),
-        lambda: ask(client, message(words(600, 1), three[0])),
+        lambda: ask(client, message(words(1100, 1), three[0])),
         lambda: client.chat.completions.create(
             model="scenes", messages=message("what?", three[0]), max_tokens=4, extra_body={"prompt_logprobs": 1}
         ),
@@ -150,10 +150,10 @@ def test_metrics_and_log_line(server, client):
     time.sleep(3)
     grown = {name: value - before.get(name, 0) for name, value in metrics().items()}
     total = {name.partition("{")[0]: value for name, value in grown.items() if "layer=" not in name}
-    assert total["adaptinfer:vision_tokens_in_total"] == 3 * 128
+    assert total["adaptinfer:vision_tokens_in_total"] == 3 * 512
     assert total["adaptinfer:pruned_prefills_total"] == 3
-    assert total["adaptinfer:vision_token_layers_total"] == 3 * sum(PRUNER.plan(12, 128).tokens_per_layer(128))
+    assert total["adaptinfer:vision_token_layers_total"] == 3 * sum(PRUNER.plan(12, 512).tokens_per_layer(512))
     assert total["adaptinfer:scoring_seconds_total"] > 0
     kept = {name.split('layer="')[1].split('"')[0]: value for name, value in grown.items() if "layer=" in name}
-    assert kept == {"1": 3 * 60, "4": 3 * 24, "8": 3 * 8}
+    assert kept == {"1": 3 * 240, "4": 3 * 96, "8": 3 * 32}
     assert "AdaptInfer: pruned prefills: " in Path(server[1]).read_text()

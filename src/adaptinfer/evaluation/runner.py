@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from adaptinfer.evaluation.subject import Batch, Outcome
     from adaptinfer.pruners.base import Pruner
 
-__all__ = ["Losses", "Plan", "Unit", "Worker", "run", "units"]
+__all__ = ["Losses", "Plan", "Unit", "Worker", "run", "units", "weights_digest"]
 
 _MOST_SKIPPED = 0.1  # of a task's samples; above, something is wrong with the task and not with a sample
 _WHOLE_FILE = 64 * 2**20  # bytes; of larger weight files only name and size are looked at
@@ -100,7 +100,7 @@ class Plan:
 
         return {
             "model": self.model,
-            "weights": _weights_digest(self.model),
+            "weights": weights_digest(self.model),
             "dtype": self.checkpoint.dtype,
             "device": self.checkpoint.device.partition(":")[0],
             "tasks": {name: task.identity() for name, task in self.loaded_tasks.items()},
@@ -392,8 +392,8 @@ def _compared(logits: Tensor, vanilla: Tensor) -> tuple[list[bool], list[float]]
     return same.tolist(), [round(max(0.0, value), 6) for value in divergence.tolist()]
 
 
-def _weights_digest(model: str) -> str | None:
-    """Of a checkpoint's files; None for one on the hub, whose name stands for it."""
+def weights_digest(model: str) -> str | None:
+    """Of a checkpoint's files but its model card; None for one on the hub, whose name stands for it."""
     from adaptinfer.ask import EMBEDDED
     from adaptinfer.embedded import path as embedded_path
 
@@ -402,7 +402,7 @@ def _weights_digest(model: str) -> str | None:
         return None
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.is_file() and not file.name.startswith("."):
+        if file.is_file() and not file.name.startswith(".") and file.suffix != ".md":
             size = file.stat().st_size
             digest.update(f"{file.name}/{size}/".encode())
             if size <= _WHOLE_FILE:
