@@ -1040,6 +1040,8 @@ def broken(mutant: Mutant) -> str:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "src"
         shutil.copytree(ROOT / "src", copy, ignore=shutil.ignore_patterns("__pycache__", "checkpoint"))
+        checkpoint = Path("adaptinfer/embedded/checkpoint")
+        (copy / checkpoint).symlink_to(ROOT / "src" / checkpoint)
         file = copy / "adaptinfer" / mutant.file
         text = file.read_text(encoding="utf-8")
         if text.count(mutant.line) != 1:
