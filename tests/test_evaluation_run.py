@@ -133,7 +133,7 @@ def test_records_say_what_the_engine_did(worker):
     vanilla, pruned = _with_plan(worker, plan).blocks(unit)
     batch, _ = _with_plan(worker, plan).first_prompt("world")(plan.conditions[0])
     with AdaptInfer(budget=0.2)(worker.model) as handle:
-        out = worker.model.generate(**batch.inputs, max_new_tokens=4, do_sample=False)
+        out = worker.model.generate(**batch.inputs, max_new_tokens=WorldTask.max_new_tokens, do_sample=False)
         report = handle.report
     text = worker._subject.processor.tokenizer.decode(
         out[0, batch.inputs["input_ids"].shape[1] :], skip_special_tokens=True
