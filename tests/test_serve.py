@@ -222,7 +222,10 @@ def test_without_the_packages_one_sentence(monkeypatch):
     ("arguments", "message"),
     [
         (["--config", "{"], "--config: not valid JSON"),
-        (["--config", '{"preset": "llava-1.5-7b/64"}'], "num_layers: the schedule is for 32 layers"),
+        (["--config", '{"preset": "llava-1.5-7b/64"}'], "--config: num_layers: the schedule is for 32 layers"),
+        (["--config", '{"preset": "no/64"}'], "--config: name: there is no preset 'no/64'"),
+        (["--config", '{"budget": 0}'], "--config: budget: must be a positive number"),
+        (["--config", '{"budget": 0.01}'], "--config: budget: no picture can meet a share of 0.01"),
         (["--model", "no/such/folder"], "no/such/folder"),
         (["--vanilla", "--config", "{}"], "--vanilla and --config: give only one"),
     ],
