@@ -25,7 +25,8 @@ test-full: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
 # vLLM pins other versions of transformers than we use, so it has an environment of its own. PyPI's torchvision is built
-# for CUDA and does not import beside the CPU build of torch; neither vLLM nor a LLaVA needs it.
+# for CUDA and does not import beside the CPU build of torch; neither vLLM nor a LLaVA needs it. It goes into a folder
+# from which tests/vllm/vision.py takes its Python part, which Qwen's processor needs.
 VLLM_BIN := .venv-vllm/bin
 VLLM_READY := .venv-vllm/.ready
 
@@ -37,6 +38,8 @@ $(VLLM_READY): requirements-vllm.lock pyproject.toml
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
 	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-vllm.lock
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target .venv-vllm/torchvision "$$(grep ^torchvision== requirements-vllm.lock)"
 	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $(VLLM_READY)
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from adaptinfer.embedded.world.render import render
-from adaptinfer.embedded.world.scene import sample_scene
+from adaptinfer.embedded.world.scene import Chance, sample_scene
 from adaptinfer.evaluation.world import WorldTask
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
@@ -25,6 +25,7 @@ import train  # pyright: ignore
 from config import PRESETS
 from data import IGNORED, PAIR, SINGLE, TARGETS, Lessons, patch_labels
 from language import train_language
+from lessons import describe_all, roll_call
 from llava import build_tokenizer
 from tower import train_tower
 
@@ -101,8 +102,8 @@ def _picture() -> Any:
 
 def test_lessons_depend_on_the_step_alone():
     tokenizer = build_tokenizer()
-    one, other = (Lessons(TOY, tokenizer, steps, EVENLY) for steps in (range(3, 9), range(5, 6)))
-    first, second = one[2], other[0]
+    one, other = (Lessons(TOY, tokenizer, steps, EVENLY) for steps in (range(3, 9), range(7, 8)))
+    first, second = one[4], other[0]
     for name in ("pictures", "labels", "tokens", "looks"):
         assert torch.equal(getattr(first, name), getattr(second, name))
     assert first.answers == second.answers and first.kinds == second.kinds
@@ -110,6 +111,23 @@ def test_lessons_depend_on_the_step_alone():
     for (row, start, end), _ in zip(first.answers, first.kinds, strict=True):
         assert first.tokens[row, start - 1] == tokenizer.convert_tokens_to_ids("ASSISTANT:")
         assert first.tokens[row, end - 1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_descriptions_say_all_that_is_there_and_roll_calls_the_truth(seed):
+    scene = sample_scene(seed, 16, hard=seed % 3 == 2)
+    chance = Chance("test", seed)
+    said = describe_all(scene, chance).answer.split(" , ")
+    assert len(said) == len(scene.things)
+    looks = [{thing.shape, thing.colour, thing.pattern, thing.size, thing.text} - {""} for thing in scene.things]
+    for words in said:
+        looks.remove(next(look for look in looks if look <= set(words.split())))
+    calls = roll_call(scene, chance, 60)
+    assert 15 < sum(question.answer == "yes" for question in calls) < 45
+    for question in calls:
+        named = {question.text.split()[-1], question.text.split()[-2]} - {"a", "an", "thing", "object"}
+        there = any(named <= {thing.shape, thing.colour} for thing in scene.things)
+        assert question.answer == ("yes" if there else "no"), question
 
 
 def test_labels_name_the_middle_of_each_thing():

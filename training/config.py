@@ -21,6 +21,9 @@ class Config:
         align_steps: LLaVA's feature alignment, projector and word embeddings only.
         steps: phase 2, ``batch`` conversations of ``turns`` questions each.
         basics: until this step only kinds that look up one thing are asked, :data:`data.BASICS`.
+        described: until this step pictures are described in full instead, :func:`lessons.describe_all`, and sometimes
+            until ``basics``.
+        crowd: (until this step, things in a scene at most): finding the thing that is meant is learnt among few.
         easy: (until this step, vision tokens shown): at first the language model is shown things and little else.
         rate: AdamW's learning rate, for projector, embeddings, norms and head.
         muon_rate: Muon's, for the decoder layers' matrices.
@@ -37,6 +40,8 @@ class Config:
     steps: int
     batch: int
     basics: int
+    described: int
+    crowd: tuple[tuple[int, int], ...]
     easy: tuple[tuple[int, int], ...]
     held_out: int
     evaluate_every: int
@@ -78,6 +83,8 @@ PRESETS: dict[str, Config] = {
         batch=4,
         turns=4,
         basics=5,
+        described=4,
+        crowd=((5, 2),),
         easy=((10, 24),),
         held_out=8,
         evaluate_every=10,
@@ -93,6 +100,8 @@ PRESETS: dict[str, Config] = {
         steps=4000,
         batch=32,
         basics=800,
+        described=500,
+        crowd=((100, 3), (250, 8)),
         easy=((1200, 16), (2000, 48), (3000, 96)),
         held_out=200,
         evaluate_every=100,
@@ -109,6 +118,8 @@ PRESETS: dict[str, Config] = {
         batch=64,
         turns=10,
         basics=1000,
+        described=600,
+        crowd=((100, 3), (250, 8)),
         easy=((1500, 16), (3000, 96), (5000, 256)),
         held_out=500,
         evaluate_every=250,

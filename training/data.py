@@ -7,11 +7,12 @@ import io
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from config import Config
+from lessons import describe_all, roll_call
 from llava import ASSISTANT, BEGIN, END, IMAGE, USER, Words
 from PIL import Image, ImageFilter
 from torch import Tensor
@@ -53,6 +54,7 @@ BASICS = ("attribute", "exists", "read", "where")
 """Kinds that look up one thing; the others build on them."""
 _INDEX = {name: {value: i for i, value in enumerate(values)} for name, values in NAMES.items()}
 _HARD_SHARE = 0.2  # of training scenes
+_DESCRIBED, _ROLL_CALLS = 0.3, 0.3  # share of conversations while basics are learnt; share of those
 
 
 @dataclass
@@ -181,25 +183,31 @@ class Lessons(Dataset):
 
     def __getitem__(self, index: int) -> Batch:
         config, tokenizer = self._config, self._tokenizer
-        chance = Chance("lesson", config.seed, self._steps[index], tokenizer is None)
+        step = self._steps[index]
+        chance = Chance("lesson", config.seed, step, tokenizer is None)
         pair = tokenizer is not None and chance.happens(self._weights[PAIR])
         size, each = (config.batch // 2, 2) if pair else (config.batch, 1)
         size = config.tower_batch if tokenizer is None else size
-        scenes = [
-            [
-                sample_scene(int(chance.random() * len(SPLITS["train"])), config.grid, chance.happens(_HARD_SHARE))
-                for _ in range(each)
-            ]
-            for _ in range(size)
-        ]
+        most = next((count for until, count in config.crowd if 0 < step <= until and tokenizer), None)
+        scenes = [[self._scene(chance, most) for _ in range(each)] for _ in range(size)]
         if tokenizer is None:
             asked: list[list[Question]] = []
         elif pair:
             asked = [pair_questions(row[0], row[1], 0, config.turns) for row in scenes]
         else:
-            asked = [self._ask(row[0], chance) for row in scenes]
+            described = 1.0 if step <= config.described else _DESCRIBED if step <= config.basics else 0.0
+            asked = [(self._describe if chance.happens(described) else self._ask)(row[0], chance) for row in scenes]
         pictures = [[draw(scene, config, chance) for scene in row] for row in scenes]
         return gather(config, tokenizer, scenes, pictures, asked)
+
+    def _scene(self, chance: Chance, most: int | None) -> Scene:
+        """A training scene with ``most`` things at most; it keeps its seed, and with that what may be asked of it."""
+        seed = int(chance.random() * len(SPLITS["train"]))
+        scene = sample_scene(seed, self._config.grid, chance.happens(_HARD_SHARE))
+        if most is None:
+            return scene
+        kept = chance.sample(scene.things, chance.integer(1, most))
+        return replace(scene, things=tuple(sorted(kept, key=lambda thing: thing.anchor)))
 
     def _ask(self, scene: Scene, chance: Chance) -> list[Question]:
         turns, seed = self._config.turns, chance.integer(0, 2**31)
@@ -215,6 +223,11 @@ class Lessons(Dataset):
         # In place of kinds that this scene cannot be asked about.
         asked += questions_for(scene, seed - 1, turns - len(asked), kinds=kinds_asked)
         return chance.shuffle(asked)
+
+    def _describe(self, scene: Scene, chance: Chance) -> list[Question]:
+        if chance.happens(_ROLL_CALLS):
+            return roll_call(scene, chance, 2 * self._config.turns)
+        return [describe_all(scene, chance)]
 
 
 def batches(config: Config, tokenizer: Words | None, steps: range, weights: dict[str, float]) -> Iterator[Batch]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from conftest import engine, request, served
-from test_tokens import THREE
+from test_tokens import SERVED, THREE
 
 from adaptinfer import AdaptInfer, ScheduleError, UnsupportedError
-from adaptinfer.pruners import PrunerError
+from adaptinfer.pruners import METHODS, PrunerError
 from adaptinfer.serving.settings import to_json
 from adaptinfer.serving.vllm_plugin import register
 from adaptinfer.serving.vllm_plugin.setup import CONFIG, pruner_of
 
 PRUNER = AdaptInfer(schedule=THREE)
+ALL = {name: method(budget=0.4) for name, method in METHODS.items()}
 
 
 @pytest.fixture
@@ -65,6 +67,13 @@ def test_what_is_set(configured, monkeypatch):
             {"speculative_config": {"method": "eagle", "model": "x", "num_speculative_tokens": 1}},
             "--speculative-config: a draft model",
         ),
+        *(
+            (
+                {"speculative_config": {"method": method, "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+                f"--speculative-config: {method}: drafts beside preempted requests",
+            )
+            for method in ("ngram", "ngram_gpu", "suffix")
+        ),
         ({"kv_transfer_config": {"kv_connector": "x"}}, "--kv-transfer-config: pruned layers hold fewer tokens"),
         ({"enable_lora": True}, "--enable-lora: adapters are applied"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds: placeholders cannot be told"),
@@ -88,16 +97,33 @@ def test_the_second_model_runner_is_refused(configured, monkeypatch):
 def test_settings_that_do_not_fit(configured):
     with pytest.raises(ScheduleError, match="num_layers: the schedule is for 32 layers, the model has 6"):
         configured('{"preset": "llava-1.5-7b/64"}')
+    for setting, field in [
+        ('{"preset": "llava-1.5-7b/64"}', "num_layers: "),
+        ('{"preset": "none/64"}', "name: there is no preset"),
+        ('{"budget": 0}', "budget: must be a positive number"),
+        ('{"budget": 0.01}', "budget: no picture can meet a share of 0.01"),
+    ]:
+        with pytest.raises((PrunerError, ScheduleError), match=f"^{CONFIG}: {field}"):
+            configured(setting)
+    with pytest.raises(ScheduleError, match="^--additional-config: adaptinfer: budget: no picture"):
+        configured("", additional_config={"adaptinfer": {"budget": 0.01}})
     with pytest.raises(PrunerError, match=f"{CONFIG}: method: unknown 'magic'"):
         configured('{"method": "magic"}')
 
 
 @pytest.mark.parametrize(
     ("method", "sentence"),
-    [("divprune", "divprune selects before the language model"), ("v2drop", "v2drop needs output")],
+    [
+        (
+            name,
+            f"{name} needs {', '.join(sorted(each.needs))}" if each.needs else f"{name} selects before the language",
+        )
+        for name, each in ALL.items()
+        if name not in SERVED
+    ],
 )
 def test_methods_that_vllm_cannot_run(configured, method, sentence):
-    with pytest.raises(UnsupportedError, match=sentence):
+    with pytest.raises(UnsupportedError, match=re.escape(sentence)):
         configured(f'{{"method": "{method}", "budget": 0.4}}')
 
 

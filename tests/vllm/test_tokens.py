@@ -7,8 +7,10 @@ import vision
 from conftest import engine, inputs, parameters, picture, request, served, words
 
 from adaptinfer import AdaptInfer, FastV, Random, Schedule, Stage
+from adaptinfer.pruners import METHODS
 
 THREE = Schedule((Stage(1, 30), Stage(2, 12), Stage(4, 3)), 6, vision_tokens=49)
+SERVED = ("adaptinfer", "random", "stride", "fastv", "fitprune", "textguided")  # all others are refused
 SIZES = ((28, 28), (56, 28), (28, 56), (84, 28), (20, 60), (50, 50))
 
 
@@ -42,6 +44,16 @@ def test_mixed_requests_at_once(folder, reference, model, pruner):
     with engine(folder(model), pruner, max_model_len=1024) as llm:
         assert served(llm, requests) == wanted
     assert wanted != reference(model).tokens(None, requests)
+
+
+@pytest.mark.parametrize("method", [name for name in SERVED if name != "adaptinfer"])
+def test_each_method_that_is_served(folder, reference, method):
+    pruner = METHODS[method](budget=0.4)
+    requests = mixed(20)
+    wanted = reference("llava").tokens(pruner, requests)
+    with engine(folder("llava"), pruner) as llm:
+        assert served(llm, requests) == wanted
+    assert wanted != reference("llava").tokens(None, requests)
 
 
 @pytest.mark.skipif(not vision.HAS_TORCHVISION, reason="Qwen's processor needs torchvision")
@@ -104,18 +116,3 @@ def test_sampling_with_a_seed_does_not_depend_on_the_batch(folder):
             for one, setting in zip(inputs(requests), settings, strict=True)
         ]
         assert together == alone
-
-
-def test_prompt_lookup(folder, reference):
-    """Speculative decoding by n-grams: several new tokens a step, some of them taken back.
-
-    The last test of all: it brings numba into this process, beside which vLLM starts no second engine.
-    """
-    pruner = AdaptInfer(schedule=THREE)
-    requests = mixed(20)
-    for each in requests:
-        each.new_tokens = 24
-    wanted = reference("llava").tokens(pruner, requests)
-    speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
-    with engine(folder("llava"), pruner, speculative_config=speculative) as llm:
-        assert served(llm, requests) == wanted

@@ -110,11 +110,6 @@ class Pruner:
         return bool(self.needs & {"output", "next"})
 
     @property
-    def ranks(self) -> bool:
-        """Whether it keeps the tokens with the largest `score`, and that is all there is to its choice."""
-        return type(self).select is Pruner.select
-
-    @property
     def varies(self) -> bool:
         """Whether it may keep fewer tokens of a sample than the schedule says, by what it sees of it.
 

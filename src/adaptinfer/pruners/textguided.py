@@ -94,10 +94,6 @@ class TextGuided(Pruner):
         return frozenset() if self.rotary else frozenset({"rotary"})
 
     @property
-    def ranks(self) -> bool:
-        return not self.coverage and not self.varies
-
-    @property
     def varies(self) -> bool:
         return self.mass is not None
 
@@ -118,7 +114,7 @@ class TextGuided(Pruner):
         return votes.amax(dim=1)  # over one row, but for "max"
 
     def select(self, view: StageView, keeps: tuple[int, ...]) -> Selection:
-        if self.ranks:
+        if not self.coverage and not self.varies:
             return super().select(view, keeps)
         score, device = self.score(view), view.query.device
         candidates = torch.ones_like(score, dtype=torch.bool) if view.vision_mask is None else view.vision_mask

@@ -50,7 +50,7 @@ def _serve(
         raise InputError("--vanilla and --config: give only one of them")
 
     from adaptinfer.cli import DEFAULT_BUDGET, _progress, _quieten
-    from adaptinfer.serving.settings import pruner_from
+    from adaptinfer.serving.settings import check_share, named, pruner_from
 
     pruner = None if vanilla else pruner_from({"budget": DEFAULT_BUDGET} if config is None else config, "--config")
     with _progress() as progress:
@@ -61,5 +61,7 @@ def _serve(
 
         checkpoint = Checkpoint(model, trust_remote_code=trust_remote_code, device=device)
         if pruner is not None:
-            checkpoint.check(pruner)
+            with named("--config"):
+                checkpoint.check(pruner)
+                check_share(pruner, checkpoint.num_layers)
     run(checkpoint, pruner, host, port)

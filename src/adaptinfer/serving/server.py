@@ -6,12 +6,14 @@ Requests are answered one after the other, as ``model.generate`` does. For many 
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
 from adaptinfer.engine.attach import attach
 from adaptinfer.errors import InputError
+from adaptinfer.serving.requests import check_chat, check_completion, inline_pictures
 
 if TYPE_CHECKING:
     from adaptinfer.ask import Checkpoint
@@ -22,7 +24,7 @@ __all__ = ["application", "run"]
 _MISSING = (
     "adaptinfer serve needs the server that comes with transformers 5.19 and newer: pip install 'adaptinfer[serve]'"
 )
-_PICTURES = ("data:", "http://", "https://")
+_CHAT, _COMPLETION = "/v1/chat/completions", "/v1/completions"
 
 
 def application(checkpoint: Checkpoint, pruner: Pruner | None) -> Any:
@@ -39,6 +41,8 @@ def application(checkpoint: Checkpoint, pruner: Pruner | None) -> Any:
     try:
         from fastapi import FastAPI, HTTPException, Request
         from fastapi.responses import JSONResponse
+        from jinja2 import TemplateError
+        from starlette.exceptions import HTTPException as AnyHTTPException
         from transformers.cli.serving.chat_completion import ChatCompletionHandler
         from transformers.cli.serving.completion import CompletionHandler
         from transformers.cli.serving.model_manager import ModelManager
@@ -66,8 +70,8 @@ def application(checkpoint: Checkpoint, pruner: Pruner | None) -> Any:
         "generation_state": GenerationState(),
     }
     handlers = {
-        "/v1/chat/completions": ChatCompletionHandler(**parts, chat_template_kwargs={}),
-        "/v1/completions": CompletionHandler(**parts),
+        _CHAT: ChatCompletionHandler(**parts, chat_template_kwargs={}),
+        _COMPLETION: CompletionHandler(**parts),
     }
     app = FastAPI(title="adaptinfer serve", docs_url=None, redoc_url=None)
     started = int(time.time())
@@ -81,11 +85,16 @@ def application(checkpoint: Checkpoint, pruner: Pruner | None) -> Any:
             raise HTTPException(400, "the body must be a JSON object")
         if body.pop("model", checkpoint.name) != checkpoint.name:
             raise HTTPException(404, f"this server has one model, {checkpoint.name!r}")
-        _check_pictures(body)
+        path = request.url.path
         try:
-            return await handlers[request.url.path].handle_request(body, f"chatcmpl-{uuid.uuid4().hex}")
-        except (ValueError, TypeError, KeyError, OSError, IndexError, AttributeError) as error:
-            # What handlers raise of a body that is none of theirs; a picture that is none is among these.
+            if path == _CHAT:
+                check_chat(body)
+                await asyncio.to_thread(inline_pictures, body)
+            else:
+                check_completion(body)
+            return await handlers[path].handle_request(body, f"chatcmpl-{uuid.uuid4().hex}")
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, TemplateError) as error:
+            # The last five: fields that handlers and chat templates read and nobody checked, such as tools.
             raise HTTPException(400, _first_line(error)) from error
 
     for path in handlers:
@@ -100,11 +109,18 @@ def application(checkpoint: Checkpoint, pruner: Pruner | None) -> Any:
     def health() -> Any:
         return {"status": "ok"}
 
-    @app.exception_handler(HTTPException)
-    async def refuse(request: Request, error: HTTPException) -> Any:
-        kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-        content = {"error": {"message": str(error.detail), "type": kind, "code": error.status_code}}
-        return JSONResponse(content, status_code=error.status_code)
+    def told(status: int, message: str) -> Any:
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        content = {"error": {"message": message, "type": kind, "param": None, "code": status}}
+        return JSONResponse(content, status_code=status)
+
+    @app.exception_handler(AnyHTTPException)
+    async def refuse(request: Request, error: AnyHTTPException) -> Any:
+        return told(error.status_code, str(error.detail))
+
+    @app.exception_handler(Exception)
+    async def fail(request: Request, error: Exception) -> Any:
+        return told(500, f"{type(error).__name__}: {_first_line(error)}")
 
     return app
 
@@ -126,21 +142,6 @@ def run(checkpoint: Checkpoint, pruner: Pruner | None, host: str, port: int) -> 
     except SystemExit:  # uvicorn's way to say it
         raise InputError(f"--host {host} --port {port}: the address cannot be used, or somebody uses it") from None
     uvicorn.Server(config).run(sockets=[server_socket])
-
-
-def _check_pictures(body: dict[str, Any]) -> None:
-    """Pictures come in the request or from the web: a path would be read from the server's own disk."""
-    from fastapi import HTTPException
-
-    messages = body.get("messages")
-    for message in messages if isinstance(messages, list) else ():
-        content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else ():
-            for key in ("image_url", "video_url", "audio_url"):
-                url = part.get(key) if isinstance(part, dict) else None
-                url = url.get("url") if isinstance(url, dict) else url
-                if url is not None and not (isinstance(url, str) and url.startswith(_PICTURES)):
-                    raise HTTPException(400, f"{key}: must start with data:, http:// or https://")
 
 
 def _bounded(generate: Any, longest: int | None) -> Any:

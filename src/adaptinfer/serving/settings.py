@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from adaptinfer.pruners import Pruner, PrunerError
 from adaptinfer.pruners.config import CONFIG_NAME, from_document, from_pretrained, to_document
-from adaptinfer.schedule import Schedule, preset
+from adaptinfer.schedule import Schedule, ScheduleError, preset
 
-__all__ = ["pruner_from", "to_json"]
+__all__ = ["check_share", "named", "pruner_from", "to_json"]
+
+_MANY = 4096  # vision tokens; what share the first layers take does not depend on how many there are
 
 
 def pruner_from(value: str | dict[str, Any], source: str) -> Pruner:
@@ -24,8 +28,41 @@ def pruner_from(value: str | dict[str, Any], source: str) -> Pruner:
 
     Raises:
         PrunerError: it describes no pruner; the message names the setting.
-        ScheduleError: its schedule is malformed.
+        ScheduleError: its schedule is malformed, or there is no such preset; the message names the setting.
     """
+    with named(source):
+        return _pruner(value, source)
+
+
+@contextlib.contextmanager
+def named(source: str) -> Iterator[None]:
+    """Put the setting's name before the messages of errors that do not know it."""
+    try:
+        yield
+    except (PrunerError, ScheduleError) as error:
+        if str(error).startswith(source):
+            raise
+        raise type(error)(f"{source}: {error}") from None
+
+
+def check_share(pruner: Pruner, num_layers: int) -> None:
+    """Refuse a budget that no picture can meet, before one comes. One in tokens depends on the picture.
+
+    Raises:
+        ScheduleError: the budget is a share that layers up to the first stage exceed by themselves.
+    """
+    if pruner.budget is None or pruner.budget >= 1:
+        return
+    try:
+        pruner.plan(num_layers, _MANY)
+    except ScheduleError:
+        raise ScheduleError(
+            f"budget: no picture can meet a share of {pruner.budget}: all vision tokens pass through the layers up to "
+            f"the first stage, and this model has {num_layers} layers; take a larger budget"
+        ) from None
+
+
+def _pruner(value: str | dict[str, Any], source: str) -> Pruner:
     if isinstance(value, str) and not value.lstrip().startswith("{"):
         path = Path(value)
         if not path.exists():
@@ -44,6 +81,8 @@ def pruner_from(value: str | dict[str, Any], source: str) -> Pruner:
     if "preset" in settings:
         if "schedule" in settings:
             raise PrunerError(f"{source}: give a preset or a schedule, not both")
+        if not isinstance(settings["preset"], str):
+            raise PrunerError(f"{source}: preset: must be a name such as 'llava-1.5-7b/64', not {settings['preset']!r}")
         settings["schedule"] = json.loads(preset(settings.pop("preset")).to_json())
     elif isinstance(settings.get("schedule"), str):
         settings["schedule"] = json.loads(Schedule.load(settings["schedule"]).to_json())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptinfer.errors import AdaptInferError, UnsupportedError
 from adaptinfer.pruners.before import SelectsBefore
-from adaptinfer.serving.settings import pruner_from, to_json
+from adaptinfer.serving.settings import check_share, named, pruner_from, to_json
 from adaptinfer.serving.vllm_plugin.plan import Planner
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def watch_configuration() -> None:
 
         @functools.wraps(create)
         def create_engine_config(args: Any, *more: Any, **named: Any) -> Any:
-            pruner = _asked(args)
+            pruner, source = _asked(args)
             if pruner is None:
                 os.environ.pop(_PROCESSES, None)
                 return create(args, *more, **named)
@@ -51,7 +51,7 @@ def watch_configuration() -> None:
             _set_arguments(args, pruner)
             _take_part()
             config = create(args, *more, **named)
-            _check_configuration(config)
+            _check_configuration(config, source)
             _set_configuration(config, wanted)
             return config
 
@@ -89,18 +89,16 @@ def vision_spans(features: Iterable[Any]) -> list[tuple[int, int]]:
     ]
 
 
-def _asked(args: Any) -> Pruner | None:
+def _asked(args: Any) -> tuple[Pruner | None, str]:
+    """The pruner that is asked for, and the name of the setting that does."""
     from_arguments = (args.additional_config or {}).get(_KEY)
-    if from_arguments is not None:
-        return pruner_from(from_arguments, f"--additional-config: {_KEY}")
-    from_environment = os.environ.get(CONFIG)
-    return pruner_from(from_environment, CONFIG) if from_environment else None
+    source = CONFIG if from_arguments is None else f"--additional-config: {_KEY}"
+    setting = os.environ.get(CONFIG) if from_arguments is None else from_arguments
+    return (None if setting is None or setting == "" else pruner_from(setting, source)), source
 
 
 def _check_arguments(args: Any) -> None:
     """Refuse what pruning would get wrong, as far as arguments tell."""
-    speculative = args.speculative_config or {}
-    method = speculative.get("method") if isinstance(speculative, dict) else getattr(speculative, "method", None)
     refused = {
         "--model-impl": (
             args.model_impl not in ("auto", "transformers"),
@@ -114,10 +112,7 @@ def _check_arguments(args: Any) -> None:
             args.decode_context_parallel_size > 1 or args.prefill_context_parallel_size > 1,
             "ranks that share out a prompt's tokens cannot score them; use --tensor-parallel-size",
         ),
-        "--speculative-config": (
-            bool(speculative) and method not in ("ngram", "suffix"),
-            "a draft model would be given hidden states of dropped tokens, which do not exist; use ngram",
-        ),
+        "--speculative-config": (bool(args.speculative_config), _speculation(args.speculative_config)),
         "--kv-transfer-config": (
             args.kv_transfer_config is not None,
             "pruned layers hold fewer tokens than a connector would send; leave it out",
@@ -142,6 +137,17 @@ def _check_arguments(args: Any) -> None:
         raise UnsupportedError(
             "AdaptInfer in vLLM: VLLM_USE_V2_MODEL_RUNNER: pruning works in the first model runner; unset it"
         )
+
+
+def _speculation(settings: Any) -> str:
+    """Why drafts of this kind are refused."""
+    method = settings.get("method") if isinstance(settings, dict) else getattr(settings, "method", None)
+    if method in ("ngram", "ngram_gpu", "suffix"):
+        return (
+            f"{method}: drafts beside preempted requests have once given an answer that differed from the request's "
+            "own, for a reason not found; leave it out"
+        )
+    return "a draft model would be given hidden states of dropped tokens, which do not exist; leave it out"
 
 
 def _set_arguments(args: Any, pruner: Pruner) -> None:
@@ -229,7 +235,7 @@ def _check_request(request: Any, planner: Planner) -> None:
         raise UnsupportedError("a streaming-input session cannot hold pictures while vision tokens are pruned")
 
 
-def _check_configuration(config: Any) -> None:
+def _check_configuration(config: Any, source: str) -> None:
     """Refuse what only the finished configuration tells."""
     model, text = config.model_config, config.model_config.hf_text_config
     name = model.hf_config.model_type
@@ -251,7 +257,10 @@ def _check_configuration(config: Any) -> None:
     for reason, applies in refused.items():
         if applies:
             raise UnsupportedError(f"AdaptInfer in vLLM: {reason}; such a model cannot be pruned here")
-    _check_method(planner_of(config))  # the planner raises if the schedule is for another depth
+    with named(source):
+        planner = planner_of(config)  # raises if the schedule is for another depth
+        check_share(planner.pruner, planner.num_layers)
+    _check_method(planner)
 
 
 def _check_method(planner: Planner) -> None:
@@ -280,8 +289,7 @@ def _set_configuration(config: Any, wanted: int | None) -> None:
     kind = "PruningAsyncScheduler" if scheduler.async_scheduling else "PruningScheduler"
     scheduler.scheduler_cls = f"{_PACKAGE}.scheduler.{kind}"
     # A step must take the longest prompt beside one token of each running request, or a prompt could wait for ever.
-    drafts = config.speculative_config.num_speculative_tokens if config.speculative_config is not None else 0
-    needed = config.model_config.max_model_len + scheduler.max_num_seqs * (1 + drafts)
+    needed = config.model_config.max_model_len + scheduler.max_num_seqs
     takes = min(scheduler.max_num_batched_tokens, scheduler.max_num_scheduled_tokens or needed)
     if takes >= needed:
         return
