@@ -89,7 +89,7 @@ class Bench:
         """
         with _captured(variant), self.attached(variant):
             if self.clock.on_gpu:
-                self._first_token()  # fills the allocator's cache with blocks of this variant's sizes
+                self.first_token()  # fills the allocator's cache with blocks of this variant's sizes
             figures = self._time_first_token(variant.compiled)
             if self.clock.on_gpu:
                 figures |= self._time_decoder_alone(variant.compiled)
@@ -112,7 +112,7 @@ class Bench:
 
         object.__setattr__(timed, "select", select)  # the dataclass is frozen
         with self.attached(variant, timed):
-            self._first_token()
+            self.first_token()
         self.clock.synchronise()
         return {"scorer_ms": sum(self.clock.device_ms(start, end) for start, end in spans)}
 
@@ -121,10 +121,10 @@ class Bench:
         gc.collect()
         with _captured(variant), self.attached(variant) as handle:
             if variant.compiled:
-                self._first_token()  # what capturing takes for a moment is none of a prefill's memory
+                self.first_token()  # what capturing takes for a moment is none of a prefill's memory
             self.clock.synchronise()
             self.memory.start()
-            out, _ = self._first_token()
+            out, _ = self.first_token()
             self.clock.synchronise()
             peak = self.memory.read()
             held, _ = kv_bytes(out.past_key_values)
@@ -149,7 +149,7 @@ class Bench:
     # -- passes -----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def _first_token(self) -> tuple[Any, torch.Tensor]:
+    def first_token(self) -> tuple[Any, torch.Tensor]:
         """The model's output, and the first new token of each sample, [B]."""
         out = self.model(**self.prompt.inputs, **self._options)
         return out, out.logits[:, -1].argmax(dim=-1)
@@ -160,7 +160,7 @@ class Bench:
         self.clock.synchronise()
         with self._around_layers(lambda: layers.append(self.clock.mark()), compiled):
             start = self.clock.mark()
-            out = self._first_token()
+            out = self.first_token()
             end = self.clock.mark()
             self.clock.synchronise()
             ready = self.clock.mark()
@@ -181,7 +181,7 @@ class Bench:
             layers.append(self.clock.mark())
 
         with self._around_layers(mark, compiled):
-            self._first_token()
+            self.first_token()
         return {"decoder_prefill_wall_ms": self.clock.host_ms(*layers)}
 
     def _time_generation(self, new_tokens: Sequence[int]) -> Figures:
