@@ -158,7 +158,7 @@ class Bench:
         layers: list[Mark] = []
         gc.collect()
         self.clock.synchronise()
-        with self._around_layers(lambda: layers.append(self.clock.mark()), compiled):
+        with self.around_layers(lambda: layers.append(self.clock.mark()), compiled):
             start = self.clock.mark()
             out = self.first_token()
             end = self.clock.mark()
@@ -180,7 +180,7 @@ class Bench:
             self.clock.synchronise()
             layers.append(self.clock.mark())
 
-        with self._around_layers(mark, compiled):
+        with self.around_layers(mark, compiled):
             self.first_token()
         return {"decoder_prefill_wall_ms": self.clock.host_ms(*layers)}
 
@@ -221,7 +221,7 @@ class Bench:
         return figures
 
     @contextmanager
-    def _around_layers(self, mark: Callable[[], None], compiled: bool) -> Iterator[None]:
+    def around_layers(self, mark: Callable[[], None], compiled: bool) -> Iterator[None]:
         """Call `mark` before the first decoder layer, ahead of the engine's own hooks, and behind the last.
 
         A graph calls no hook of a layer, so of a compiled variant all of the decoder lies between the two.
