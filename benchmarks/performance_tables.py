@@ -1,6 +1,8 @@
 """The tables of docs/performance.md, from the committed results of `profile_prefill.py` and `steps.py`.
 
-    python benchmarks/performance_tables.py              # prints all, to be pasted; a test holds the page to them
+    python benchmarks/performance_tables.py
+
+prints all of them, to be pasted; `tests/test_profile.py` holds the page to them.
 """
 
 from __future__ import annotations
@@ -59,9 +61,7 @@ def memory_lines(content: dict[str, Any]) -> list[str]:
     """A row per way: megabytes above what was held before, and of the cache."""
     lines = [_row("", "peak above idle, MB", "KV cache, MB"), _row("---", "---:", "---:")]
     for way in content["peaks"]:
-        lines.append(
-            _row(way["name"], *(f"{way[fact] / 1e6:,.0f}" for fact in ("peak_above_idle_bytes", "kv_bytes")))
-        )
+        lines.append(_row(way["name"], *(f"{way[fact] / 1e6:,.0f}" for fact in ("peak_above_idle_bytes", "kv_bytes"))))
     return lines
 
 

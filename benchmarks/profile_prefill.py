@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--shape", default="llava-1b", help="of adaptinfer bench; of the Llama kind")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--budgets", type=float, nargs="*", default=[], help="true averages; default: 192, 128, 64 of 576")
+    parser.add_argument("--budgets", type=float, nargs="*", default=[], help="true; default: 192, 128 and 64 of 576")
     parser.add_argument("--early-drop", default="on", choices=["on", "off", "both"])
     parser.add_argument("--text", type=int, nargs=2, default=[35, 57], help="text tokens before and after the picture")
     parser.add_argument("--batch", type=int, default=1)
@@ -75,7 +75,8 @@ def profile(options: argparse.Namespace) -> dict[str, Any]:
     found = [each for each in found if each.pruner is None or each.pruner.budget != picture.vision_tokens]  # keep all
     schedules = check_variants(found, subject.family, subject.shape.num_layers, picture.vision_tokens)
     vocabulary = subject.config.get_text_config().vocab_size
-    made = prompt(picture, vocabulary, *options.text, options.batch, device, subject.dtype)
+    before, after = options.text
+    made = prompt(picture, vocabulary, before, after, options.batch, device, subject.dtype)
     subject.check_memory(made.vision_tokens, made.text_tokens, options.batch)
     model = subject.load()
     bench, floor = Bench(model, made, device), Floor(model, options.batch)

@@ -96,7 +96,8 @@ def set_up(options: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
     device = checked_device(options.device)
     subject = Subject(options.shape, None, options.dtype, device, "sdpa")
     picture = subject.picture(options.image_size)
-    made = prompt(picture, subject.config.get_text_config().vocab_size, *options.text, 1, device, subject.dtype)
+    (before, after), vocabulary = options.text, subject.config.get_text_config().vocab_size
+    made = prompt(picture, vocabulary, before, after, 1, device, subject.dtype)
     variant = Variant("adaptinfer", AdaptInfer(budget=options.budget))
     schedule = check_variants([variant], subject.family, subject.shape.num_layers, made.vision_tokens)[variant.name]
     subject.check_memory(made.vision_tokens, made.text_tokens, 1)
@@ -107,8 +108,8 @@ def set_up(options: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
         "budget": options.budget,
         "true_average": schedule.true_average(made.vision_tokens),
         "vision_tokens": made.vision_tokens,
-        "text_before": options.text[0],
-        "text_after": options.text[1],
+        "text_before": before,
+        "text_after": after,
     }
     return Bench(subject.load(), made, device), setup
 
@@ -190,8 +191,8 @@ def table(content: dict[str, Any]) -> Table:
     """Times, and by how much a way is slower (or, for prefix reuse, faster) than what it is compared with."""
     setup = content["setup"]
     made = Table(
-        title=f"{setup['model']}, {setup['dtype']}, {setup['device']}, a true average of {setup['true_average']:.1f} of "
-        f"{setup['vision_tokens']} vision tokens, {setup['text_before']} + {setup['text_after']} text tokens, "
+        title=f"{setup['model']}, {setup['dtype']}, {setup['device']}, a true average of {setup['true_average']:.1f} "
+        f"of {setup['vision_tokens']} vision tokens, {setup['text_before']} + {setup['text_after']} text tokens, "
         f"{setup['rounds']} rounds: medians (quartiles)",
         title_justify="left",
     )

@@ -1,4 +1,4 @@
-"""Where a prefill's time goes: the parts add up, watching changes nothing, and the floor does exactly the least work."""
+"""Where a prefill's time goes: parts add up, watching changes nothing, the floor does the least work and no less."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from adaptinfer.benchmark.watch import IN_LAYERS, OUTSIDE, PARTS, SCORING, STAGE
 from adaptinfer.engine import attach as engine
 from adaptinfer.errors import InputError
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import performance_tables
 import profile_prefill
 import steps
 
+ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 TEXT = 14
 
@@ -99,7 +99,7 @@ def test_the_floor_works_on_the_tokens_of_a_pruned_run(bench, budget, early_drop
 
 @pytest.mark.parametrize("kept", [40, 39, 20, 2])
 def test_a_layer_of_the_floor_that_drops_is_the_layer(bench, kept):
-    """Attending all rows (40 of 78 and more) and the survivors alone: the outputs of the last rows, bit by bit or so."""
+    """Attending all rows (40 of 78 and more) and the survivors alone: what the last rows come to."""
     model = bench.model
     layers = model.get_decoder().layers
     tokens = [(78, 78)] * 3 + [(78, kept)] + [(kept, kept)] * (len(layers) - 4)
@@ -248,9 +248,8 @@ def _run(script, monkeypatch, tmp_path, *arguments):
 
 
 def test_a_profile_as_a_user_makes_it(monkeypatch, tmp_path, capsys):
-    content = _run(
-        profile_prefill, monkeypatch, tmp_path, "--rounds", "3", "--budgets", "21", "--early-drop", "both", "--batch", "2"
-    )
+    arguments = ["--rounds", "3", "--budgets", "21", "--early-drop", "both", "--batch", "2"]
+    content = _run(profile_prefill, monkeypatch, tmp_path, *arguments)
     printed = capsys.readouterr().out
     assert [entry["name"] for entry in content["variants"]] == ["vanilla", "adaptinfer 21", "adaptinfer 21, late"]
     assert content["environment"]["torch"] and content["setup"]["text_tokens"] == 92

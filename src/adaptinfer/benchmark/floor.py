@@ -26,7 +26,9 @@ from adaptinfer.errors import InputError
 
 __all__ = ["Floor"]
 
-_NEEDED = ("q_proj", "k_proj", "v_proj", "o_proj")
+_FUNCTION = ("apply_rotary_pos_emb",)  # in transformers' file of the language model
+_IN_LAYER = ("input_layernorm", "post_attention_layernorm", "mlp")
+_IN_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class _Seen(Exception):
@@ -53,8 +55,8 @@ class Floor:
         layer = self._decoder.layers[0]
         attention = attention_of(layer)
         self._code: Any = sys.modules[type(attention).__module__]
-        has_norms = hasattr(layer, "input_layernorm") and hasattr(layer, "post_attention_layernorm")
-        if not hasattr(self._code, "apply_rotary_pos_emb") or not has_norms or not all(hasattr(attention, name) for name in _NEEDED):
+        needed = ((self._code, _FUNCTION), (layer, _IN_LAYER), (attention, _IN_ATTENTION))
+        if not all(hasattr(owner, name) for owner, names in needed for name in names):
             raise InputError(f"{type(layer).__name__}: the floor is known for layers of the Llama kind only")
 
     @torch.inference_mode()
