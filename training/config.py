@@ -102,7 +102,7 @@ PRESETS: dict[str, Config] = {
         basics=800,
         described=500,
         crowd=((100, 3), (250, 8)),
-        easy=((1200, 16), (2000, 48), (3000, 96)),
+        easy=((1200, 16), (2000, 48), (3400, 96)),
         held_out=200,
         evaluate_every=100,
     ),
