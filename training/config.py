@@ -93,10 +93,11 @@ PRESETS: dict[str, Config] = {
     "cpu": Config(
         grid=16,
         patch=12,
-        tower=(128, 3, 4),
+        tower=(128, 4, 4),
         decoder=(192, 512, 12, 4),
-        tower_steps=1200,
+        tower_steps=2600,
         tower_batch=64,
+        align_steps=500,
         steps=4000,
         batch=32,
         basics=800,
