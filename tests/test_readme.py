@@ -7,6 +7,8 @@ import re
 import statistics
 from pathlib import Path
 
+from mutants import MUTANTS
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -47,3 +49,11 @@ def test_throughput_is_that_of_the_committed_run():
         waits = statistics.median(statistics.median(each["ttft_seconds"]) for each in measured)
         spread = f"{statistics.median(rates):.3f} ({min(rates):.3f}–{max(rates):.3f}) | {ratio:.2f}× | {waits:.2f} s |"
         assert spread in page
+
+
+def test_each_mutant_still_finds_its_line():
+    assert f"breaks the code in {len(MUTANTS)} ways" in README
+    sources = ROOT / "src/adaptinfer"
+    assert [
+        bug for bug, file, line, *_ in MUTANTS if (sources / file).read_text(encoding="utf-8").count(line) != 1
+    ] == []
