@@ -31,6 +31,13 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "adaptinfer serve: fields that it leaves undone are taken in silence",
+        "serving/requests.py",
+        "        if value is not None and value not in unasked:",
+        "        if False:",
+        "tests/test_serve.py::test_bad_requests_are_told_so_while_others_go_on",
+    ),
+    Mutant(
         "graphs: results are left in the graph's buffers, where the next prompt overwrites them",
         "engine/prefill_graph.py",
         "    return tensor[:, tensor.shape[1] - count :].clone(memory_format=torch.contiguous_format)",
@@ -411,8 +418,8 @@ MUTANTS = [
     Mutant(
         "a layer reads the device",
         "engine/choosing.py",
-        "        self._counts = keeps\n",
-        "        self._counts = keeps\n        kept_vision.sum().item()\n",
+        "        self._counts = self.keeps[layer] = keeps\n",
+        "        self._counts = self.keeps[layer] = keeps\n        kept_vision.sum().item()\n",
         "tests/test_engine_cost.py::test_no_layer_reads_the_device",
     ),
     Mutant(
@@ -762,8 +769,8 @@ MUTANTS = [
     Mutant(
         "varying counts: a later stage counts on tokens that an earlier one dropped",
         "engine/choosing.py",
-        "        planned = tuple(map(min, self._stages[view.layer], self._counts))",
-        "        planned = self._stages[view.layer]",
+        "        planned = tuple(map(min, self.stages[view.layer], self._counts))",
+        "        planned = self.stages[view.layer]",
         "tests/test_textguided.py::test_each_sample_keeps_what_holds_the_mass",
     ),
     Mutant(
@@ -795,10 +802,10 @@ MUTANTS = [
         "tests/test_textguided.py::test_each_sample_keeps_what_holds_the_mass",
     ),
     Mutant(
-        "TextGuided: vLLM drops the coverage in silence",
+        "TextGuided: vLLM is not told that queries and keys before rotation are needed",
         "pruners/textguided.py",
-        "        return not self.coverage",
-        "        return True",
+        'return frozenset() if self.rotary else frozenset({"rotary"})',
+        "return frozenset()",
         "tests/test_textguided.py::test_vllm_serves_what_queries_and_keys_decide",
     ),
     Mutant(

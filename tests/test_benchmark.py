@@ -100,7 +100,8 @@ def test_presets_fit_the_shapes_they_are_named_after():
         preset(f"{name}/64").check(config.text_config.num_hidden_layers)
         assert picture_for(config).vision_tokens == preset(f"{name}/64").vision_tokens
     assert picture_for(SHAPES["llava-next-7b"].config()).vision_tokens == 2880 + 48
-    assert picture_for(SHAPES["qwen2.5-vl-7b"].config(), 3584).vision_tokens == 16384
+    for name in ("qwen2.5-vl-7b", "qwen2.5-vl-narrow"):
+        assert picture_for(SHAPES[name].config(), 3584).vision_tokens == 16384
 
 
 def _shrunken(name: str):
@@ -125,7 +126,7 @@ def _shrunken(name: str):
     return config
 
 
-@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b"])
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b", "qwen2.5-vl-narrow"])
 def test_a_filled_model_is_as_transformers_builds_it_and_reads_its_picture(name):
     config = _shrunken(name)
     usual = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=torch.float32)

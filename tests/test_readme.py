@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
 import numpy as np
+from mutants import MUTANTS
 from PIL import Image
 
 from adaptinfer import embedded
@@ -55,3 +57,23 @@ def test_speed_is_that_of_the_committed_run():
         prefill, ttft = (variant["speed_up"][what]["median"] for what in ("decoder_prefill_ms", "ttft_ms"))
         row = f"| {ms['median']:.0f} | {ms['least']:.0f}–{ms['most']:.0f} | {prefill:.2f}× |"
         assert row in README and f"{ttft:.2f}× |" in README
+
+
+def test_throughput_is_that_of_the_committed_run():
+    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    rounds = json.loads((ROOT / "benchmarks/results/vllm_throughput_llava-1b_cpu.json").read_text())["rounds"]
+    plain = next(iter(rounds.values()))
+    for measured in rounds.values():
+        rates = [each["requests_per_second"] for each in measured]
+        ratio = statistics.median(each / own["requests_per_second"] for each, own in zip(rates, plain, strict=True))
+        waits = statistics.median(statistics.median(each["ttft_seconds"]) for each in measured)
+        spread = f"{statistics.median(rates):.3f} ({min(rates):.3f}–{max(rates):.3f}) | {ratio:.2f}× | {waits:.2f} s |"
+        assert spread in page
+
+
+def test_each_mutant_still_finds_its_line():
+    assert f"breaks the code in {len(MUTANTS)} ways" in README
+    sources = ROOT / "src/adaptinfer"
+    assert [
+        bug for bug, file, line, *_ in MUTANTS if (sources / file).read_text(encoding="utf-8").count(line) != 1
+    ] == []

@@ -97,6 +97,8 @@ def wanted(*questions: str) -> list[str]:
 def test_a_picture_in_the_request(url):
     questions = ["What colour is the star?", "How many circles do you see?"]
     scene = data_url(SCENE.read_bytes())
+    unasked = {"logprobs": False, "presence_penalty": 0, "response_format": {"type": "text"}, "tools": []}
+    assert answer(url, body(questions[0], scene, **unasked, logit_bias={"7": -1})) == wanted(questions[0])[0]
     assert [answer(url, body(question, scene)) for question in questions] == wanted(*questions)
     with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as response:
         assert [entry["id"] for entry in json.load(response)["data"]] == ["embedded"]
@@ -135,6 +137,12 @@ def test_bad_requests_are_told_so_while_others_go_on(url):
         (body(question, scene, seed="x"), 400, "seed: must be a whole number"),
         (body(question, scene, n=2), 400, "n: must be 1"),
         (body(question, scene, stop=[""]), 400, "stop: must be text"),
+        (body(question, scene, logprobs=True, top_logprobs=3), 400, "logprobs: this server does not do that"),
+        (body(question, scene, response_format={"type": "json_object"}), 400, "response_format: this server does not"),
+        (body(question, scene, presence_penalty=1), 400, "presence_penalty: this server does not"),
+        (body(question, scene, logit_bias={"a": 1}), 400, "logit_bias: must be an object of token numbers"),
+        (body(question, scene, stream_options=5), 400, "stream_options: must be an object"),
+        (body(question, scene, generation_config="x"), 400, "generation_config: must be text that holds a JSON object"),
         (body("star " * 5000, scene), 400, "tokens, and this model takes"),
         ({"model": "embedded"}, 400, "messages: must be a list"),
         ({**body(question, scene), "model": "another"}, 404, "this server has one model"),

@@ -208,6 +208,7 @@ def test_settings_of_every_form(tmp_path):
         ("no/such/folder", "here: 'no/such/folder' is neither a folder"),
         ("{", "here: not valid JSON"),
         (7, "here: must be a folder, a file or a JSON object"),
+        ("[7]", r"here: must be a folder, a file or a JSON object, not \[7\]"),
         ({"method": "magic", "budget": 1}, "here: method: unknown 'magic'"),
         ({"budget": 1, "speed": 2}, "here: speed: no setting of adaptinfer"),
         ({}, "give exactly one of budget"),

@@ -97,6 +97,8 @@ def train_tower(config: Config, out: Path, minutes: float) -> bool:
     model = build_model(tokenizer, config).to(device())
     teacher = Teacher(config).to(device())
     tower = model.model.vision_tower
+    if device().type == "cpu":
+        tower.set_attn_implementation("eager")  # as in language.py
     parameters = [*tower.parameters(), *teacher.parameters()]
     optimizers = optimizers_for(
         _blocks(tower), parameters, config.tower_rate, config.tower_muon_rate, config.weight_decay

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 # Where `make test-vllm` puts it, out of sight of anything but these tests: vLLM's own server would fail over it.
-sys.path.append(str(Path(sys.prefix, "torchvision")))
+FOLDER = str(Path(sys.prefix, "torchvision"))
+sys.path.append(FOLDER)
 
 _KERNELS = ("nms", "qnms")
 _library = None

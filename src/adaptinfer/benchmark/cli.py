@@ -30,7 +30,8 @@ def _bench(
         typer.Option(
             metavar="NAME",
             help="Sizes of a published model, with random weights: llava-1.5-7b, llava-1.5-13b, llava-next-7b, "
-            "qwen2.5-vl-7b, llava-1b (for CPUs; taken when nothing is said), tiny.",
+            "qwen2.5-vl-7b, llava-1b (for CPUs; taken when nothing is said), qwen2.5-vl-narrow (long "
+            "prompts), tiny.",
             show_default=False,
         ),
     ] = None,

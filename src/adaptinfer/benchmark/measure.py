@@ -89,7 +89,7 @@ class Bench:
         """
         with _captured(variant), self.attached(variant):
             if self.clock.on_gpu:
-                self._first_token()  # fills the allocator's cache with blocks of this variant's sizes
+                self.first_token()  # fills the allocator's cache with blocks of this variant's sizes
             figures = self._time_first_token(variant.compiled)
             if self.clock.on_gpu:
                 figures |= self._time_decoder_alone(variant.compiled)
@@ -112,7 +112,7 @@ class Bench:
 
         object.__setattr__(timed, "select", select)  # the dataclass is frozen
         with self.attached(variant, timed):
-            self._first_token()
+            self.first_token()
         self.clock.synchronise()
         return {"scorer_ms": sum(self.clock.device_ms(start, end) for start, end in spans)}
 
@@ -121,10 +121,10 @@ class Bench:
         gc.collect()
         with _captured(variant), self.attached(variant) as handle:
             if variant.compiled:
-                self._first_token()  # what capturing takes for a moment is none of a prefill's memory
+                self.first_token()  # what capturing takes for a moment is none of a prefill's memory
             self.clock.synchronise()
             self.memory.start()
-            out, _ = self._first_token()
+            out, _ = self.first_token()
             self.clock.synchronise()
             peak = self.memory.read()
             held, _ = kv_bytes(out.past_key_values)
@@ -149,7 +149,7 @@ class Bench:
     # -- passes -----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def _first_token(self) -> tuple[Any, torch.Tensor]:
+    def first_token(self) -> tuple[Any, torch.Tensor]:
         """The model's output, and the first new token of each sample, [B]."""
         out = self.model(**self.prompt.inputs, **self._options)
         return out, out.logits[:, -1].argmax(dim=-1)
@@ -158,9 +158,9 @@ class Bench:
         layers: list[Mark] = []
         gc.collect()
         self.clock.synchronise()
-        with self._around_layers(lambda: layers.append(self.clock.mark()), compiled):
+        with self.around_layers(lambda: layers.append(self.clock.mark()), compiled):
             start = self.clock.mark()
-            out = self._first_token()
+            out = self.first_token()
             end = self.clock.mark()
             self.clock.synchronise()
             ready = self.clock.mark()
@@ -180,8 +180,8 @@ class Bench:
             self.clock.synchronise()
             layers.append(self.clock.mark())
 
-        with self._around_layers(mark, compiled):
-            self._first_token()
+        with self.around_layers(mark, compiled):
+            self.first_token()
         return {"decoder_prefill_wall_ms": self.clock.host_ms(*layers)}
 
     def _time_generation(self, new_tokens: Sequence[int]) -> Figures:
@@ -221,7 +221,7 @@ class Bench:
         return figures
 
     @contextmanager
-    def _around_layers(self, mark: Callable[[], None], compiled: bool) -> Iterator[None]:
+    def around_layers(self, mark: Callable[[], None], compiled: bool) -> Iterator[None]:
         """Call `mark` before the first decoder layer, ahead of the engine's own hooks, and behind the last.
 
         A graph calls no hook of a layer, so of a compiled variant all of the decoder lies between the two.

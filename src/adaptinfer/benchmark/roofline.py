@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from adaptinfer.schedule import ModelShape, Schedule
 
-__all__ = ["Rates", "measure_rates", "prefill_bound_ms"]
+__all__ = ["Rates", "layer_tokens", "measure_rates", "prefill_bound_ms"]
 
 _REPEATS = 5
 _COPIED_BYTES = 2**28
@@ -56,6 +56,13 @@ def measure_rates(shape: ModelShape, tokens: int, dtype: str, device: str) -> Ra
     return Rates(flops, 2 * _COPIED_BYTES / _best_seconds(lambda: target.copy_(source), device))
 
 
+def layer_tokens(schedule: Schedule, vision_tokens: int, text_tokens: int, early_drop: bool) -> list[tuple[int, int]]:
+    """Per layer, how many tokens enter, and for how many it computes outputs: only a layer that drops early differs."""
+    entered = [vision + text_tokens for vision in schedule.tokens_per_layer(vision_tokens)]
+    outputs = [*entered[1:], entered[-1]] if early_drop else entered
+    return list(zip(entered, outputs, strict=True))
+
+
 def prefill_bound_ms(
     rates: Rates, schedule: Schedule, shape: ModelShape, prompt: Any, early_drop: bool, bytes_per_value: int
 ) -> float:
@@ -69,14 +76,11 @@ def prefill_bound_ms(
         early_drop: of the variant.
         bytes_per_value: of a weight.
     """
-    given = schedule.tokens_per_layer(prompt.vision_tokens)
-    handed_on = (*given[1:], given[-1])
     weights = shape.layer_flops(1) // 2 - shape.num_heads * shape.head_dim  # a token's work without its attention
     weight_s = weights * bytes_per_value / rates.bytes_per_s
     seconds = 0.0
-    for entered, kept in zip(given, handed_on, strict=True):
-        kept = kept if early_drop else entered
-        flops = prompt.batch * shape.layer_flops(entered + prompt.text_tokens, kept + prompt.text_tokens)
+    for entered, outputs in layer_tokens(schedule, prompt.vision_tokens, prompt.text_tokens, early_drop):
+        flops = prompt.batch * shape.layer_flops(entered, outputs)
         seconds += max(flops / rates.flops_per_s, weight_s)
     return 1000 * seconds
 

@@ -131,6 +131,18 @@ _CLIP_LARGE: dict[str, Any] = {  # openai/clip-vit-large-patch14-336
 }
 _VICUNA = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 _IMAGE = 32000
+_QWEN_TOWER: dict[str, Any] = {  # Qwen2.5-VL's of every size, but for the width of what comes out
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+_NARROW_TOWER = {"depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "fullatt_block_indexes": []}
 
 
 def _llava(text: dict[str, Any], tower: dict[str, Any] = _CLIP_LARGE, image: int = _IMAGE) -> Any:
@@ -175,7 +187,7 @@ def _llava_next() -> Any:
     )
 
 
-def _qwen2_5_vl() -> Any:
+def _qwen2_5_vl(sizes: dict[str, int], tower: dict[str, Any]) -> Any:
     from transformers import Qwen2_5_VLConfig
 
     text = {
@@ -184,23 +196,11 @@ def _qwen2_5_vl() -> Any:
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
         "tie_word_embeddings": False,
-        **_sizes(3584, 28, 28, 4, 18944),
-    }
-    tower: dict[str, Any] = {
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": 3584,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "window_size": 112,
-        "fullatt_block_indexes": [7, 15, 23, 31],
+        **sizes,
     }
     return Qwen2_5_VLConfig(
         text_config=text,
-        vision_config=tower,
+        vision_config={**_QWEN_TOWER, **tower},
         image_token_id=151655,
         video_token_id=151656,
         vision_start_token_id=151652,
@@ -243,7 +243,12 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
         "qwen2.5-vl-7b": Shape(
             "Qwen2.5-VL-7B, 1008 x 1008 pixels unless --image-size says otherwise: 1296 vision tokens",
             8_290_000_000,
-            _qwen2_5_vl,
+            lambda: _qwen2_5_vl(_sizes(3584, 28, 28, 4, 18944), {"out_hidden_size": 3584}),
+        ),
+        "qwen2.5-vl-narrow": Shape(
+            "a Qwen2.5-VL of 8 layers of width 896 with next to no tower: for prompts of many thousand tokens on CPUs",
+            0,
+            lambda: _qwen2_5_vl(_sizes(896, 8, 7, 1, 4864), {"out_hidden_size": 896, **_NARROW_TOWER}),
         ),
         "llava-1b": Shape(
             "a LLaVA-1.5 on a language model of the shape of TinyLlama-1.1B, 576 vision tokens: for CPUs",

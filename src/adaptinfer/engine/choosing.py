@@ -269,7 +269,7 @@ class Stages:
             for real, entered, keep in zip(layout.real_counts, layout.vision_counts, keeps, strict=True)
         ]
         relative = positions_of(survivors, max(totals))
-        self.upcoming = Segment(
+        upcoming = Segment(
             layer=layer,
             index=relative if segment is None else segment.index.gather(1, relative),
             relative=relative,
@@ -277,6 +277,7 @@ class Stages:
             vision=kept_vision.gather(1, relative),
             text=text.gather(1, relative),
         )
+        self._announce(upcoming)
         entered = vision_index if segment is None else segment.index.gather(1, vision_index)
         self.records.append(
             StageRecord(
@@ -284,12 +285,16 @@ class Stages:
                 entered=self.past + entered,
                 entered_mask=candidates,
                 scores=score,
-                kept=self.past + self.upcoming.index,
-                kept_mask=self.upcoming.vision,
+                kept=self.past + upcoming.index,
+                kept_mask=upcoming.vision,
                 tokens=relative.shape[1],
             )
         )
         self._counts = self.keeps[layer] = keeps
+
+    def _announce(self, segment: Segment) -> None:
+        """Say which tokens go on behind a stage."""
+        self.upcoming = segment
 
     def _entries_in_use(self, layer: int, columns: int) -> int:
         """How many of a layer's key columns hold something; the last of them are those of this call."""

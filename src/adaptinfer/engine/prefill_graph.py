@@ -77,18 +77,9 @@ class _Bounded(Forward):
         super().__init__(*args)
         self.segments: list[Segment] = []
 
-    def _settle(
-        self,
-        layer: int,
-        vision_index: Tensor,
-        candidates: Tensor,
-        chosen: Tensor,
-        score: Tensor,
-        keeps: tuple[int, ...],
-    ) -> None:
-        super()._settle(layer, vision_index, candidates, chosen, score, keeps)
-        assert self.upcoming is not None
-        self.segments.append(self.upcoming)
+    def _announce(self, segment: Segment) -> None:
+        super()._announce(segment)
+        self.segments.append(segment)
 
 
 @dataclass

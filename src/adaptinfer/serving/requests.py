@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
@@ -108,12 +109,49 @@ def _check_sampling(body: dict[str, Any]) -> None:
                 continue
             if isinstance(value, bool) or not isinstance(value, types) or not fits(value):
                 raise InputError(f"{name}: must be {range_}, not {value!r}")
+    _check_promises(body)
     if not isinstance(body.get("stream") or False, bool):
         raise InputError(f"stream: must be true or false, not {body['stream']!r}")
     stop = body.get("stop")
     texts = stop if isinstance(stop, list) else [stop]
     if stop is not None and not (texts and all(isinstance(text, str) and text for text in texts)):
         raise InputError("stop: must be text or a list of texts, none of them empty")
+
+
+def _check_promises(body: dict[str, Any]) -> None:
+    """Refuse what transformers' server takes and then leaves undone, and shapes that it would trip over."""
+    for name, unasked in (
+        ("logprobs", (False, 0)),
+        ("top_logprobs", (0,)),
+        ("presence_penalty", (0,)),
+        ("response_format", ({"type": "text"},)),
+        ("tools", ([],)),
+        ("tool_choice", ("none", "auto")),
+        ("best_of", (1,)),
+        ("suffix", ("",)),
+    ):
+        value = body.get(name)
+        if value is not None and value not in unasked:
+            raise InputError(f"{name}: this server does not do that; leave it out")
+    bias = body.get("logit_bias")
+    if bias is not None and not (isinstance(bias, dict) and all(map(_is_bias, bias.items()))):
+        raise InputError('logit_bias: must be an object of token numbers and biases, such as {"7": -1.5}')
+    if bias is not None:
+        body["logit_bias"] = {token: float(value) for token, value in bias.items()}  # transformers takes floats alone
+    if not isinstance(body.get("stream_options") or {}, dict):
+        raise InputError("stream_options: must be an object")
+    if body.get("generation_config") is not None:
+        try:
+            settings = json.loads(body["generation_config"])
+        except (TypeError, ValueError):
+            settings = None
+        if not isinstance(settings, dict):
+            raise InputError("generation_config: must be text that holds a JSON object")
+
+
+def _is_bias(entry: tuple[str, Any]) -> bool:
+    token, bias = entry
+    return token.isdecimal() and isinstance(bias, (int, float)) and not isinstance(bias, bool)
 
 
 def _pictures(body: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:

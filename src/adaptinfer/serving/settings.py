@@ -63,7 +63,7 @@ def check_share(pruner: Pruner, num_layers: int) -> None:
 
 
 def _pruner(value: str | dict[str, Any], source: str) -> Pruner:
-    if isinstance(value, str) and not value.lstrip().startswith("{"):
+    if isinstance(value, str) and not value.lstrip().startswith(("{", "[")):
         path = Path(value)
         if not path.exists():
             raise PrunerError(
