@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from adaptinfer import AdaptInfer, PrunerError
+from adaptinfer import AdaptInfer, PrunerError, Schedule, ScheduleError, Stage
 from adaptinfer.embedded.world import sample_scene
 from adaptinfer.errors import InputError
 from adaptinfer.evaluation.conditions import Condition, conditions
@@ -30,6 +30,7 @@ from adaptinfer.evaluation.report import Picture, blocks, to_html, to_markdown
 from adaptinfer.evaluation.statistics import Resamples, verdict, yes_no
 from adaptinfer.evaluation.summary import finite, summarise
 from adaptinfer.evaluation.tasks import load_task
+from adaptinfer.pruners import Random
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "tables"))
 import table as tables
@@ -292,6 +293,19 @@ def test_a_saved_pruner_takes_part(tmp_path):
     AdaptInfer(budget=0.2, prior_weight=0.5).save_pretrained(tmp_path / "mine")
     (found,) = conditions([], [], saved=[tmp_path / "mine"], controls=False)[1:]
     assert (found.name, found.budget, found.pruner) == ("mine", 0.2, AdaptInfer(budget=0.2, prior_weight=0.5))
+
+
+def test_a_schedule_from_a_file_takes_part(tmp_path):
+    schedule = Schedule(stages=[Stage(1, 0.5), Stage(3, 0.25)], num_layers=6)
+    for place in ("calibrated/schedule.json", "mine.json"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        schedule.save(tmp_path / place)
+    names = [str(tmp_path / "calibrated/schedule.json"), f"random:{tmp_path / 'mine.json'}"]
+    ours, chance = conditions([], [], schedules=names, controls=False)[1:]
+    assert (ours.name, ours.seeds, ours.pruner) == ("adaptinfer calibrated", 1, AdaptInfer(schedule=schedule))
+    assert (chance.name, chance.seeds, chance.pruner) == ("random mine", 3, Random(schedule=schedule))
+    with pytest.raises(ScheduleError, match="cannot read 'fast:nowhere.json'"):
+        conditions([], [], schedules=["fast:nowhere.json"], controls=False)
 
 
 def test_a_control_that_knows_the_evidence_can_be_asked_for():

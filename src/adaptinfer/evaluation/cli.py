@@ -77,6 +77,15 @@ def _eval(
             show_default=False,
         ),
     ] = None,
+    schedules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--schedule",
+            metavar="FILE",
+            help="[METHOD:]FILE, stages and keeps as 'adaptinfer calibrate' writes them; several times.",
+            show_default=False,
+        ),
+    ] = None,
     pruners: Annotated[
         list[Path] | None,
         typer.Option(
@@ -137,7 +146,14 @@ def _eval(
     _quieten()
     chosen = list(METHODS) if methods == ["all"] else methods or ["adaptinfer"]
     found = conditions(
-        chosen, budgets or [0.33, 0.11], positions or (), presets or (), pruners or (), seeds=seeds, controls=controls
+        chosen,
+        budgets or [0.33, 0.11],
+        positions or (),
+        presets or (),
+        schedules or (),
+        pruners or (),
+        seeds=seeds,
+        controls=controls,
     )
     ranks = Ranks.of_environment(device)
     if ray and ranks.count > 1:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from adaptinfer.errors import AdaptInferError, InputError
 from adaptinfer.evaluation.controls import ORACLES, RESIZED, VIEWS, Evidence
 from adaptinfer.pruners.base import Positions, Pruner, PrunerError
-from adaptinfer.schedule import ScheduleError
+from adaptinfer.schedule import Schedule, ScheduleError
 
 if TYPE_CHECKING:
     from adaptinfer.ask import Checkpoint
@@ -80,17 +80,19 @@ def conditions(
     budgets: Sequence[float],
     positions: Sequence[str] = (),
     presets: Sequence[str] = (),
+    schedules: Sequence[str] = (),
     saved: Sequence[Path] = (),
     seeds: int = 3,
     controls: bool = True,
 ) -> list[Condition]:
-    """Vanilla, then every method at every budget, presets, saved pruners, and controls.
+    """Vanilla, then every method at every budget, presets, schedules from files, saved pruners, and controls.
 
     Args:
         methods: names in `METHODS` or `ORACLES`; the first is the one that others are compared with.
         budgets: true averages in tokens, or below 1 as shares.
         positions: none leaves a method its own; several stand side by side, as an ablation.
         presets: ``[method:]model/label``, published schedules with their papers' positions.
+        schedules: ``[method:]file``, stages and keeps as `Schedule.save` or ``adaptinfer calibrate`` writes them.
         saved: folders or files of `Pruner.save_pretrained`.
         seeds: runs of whatever has a seed.
         controls: add `random`, `evidence` and `resized` at every budget, and blank, shuffled and wrong pictures.
@@ -98,7 +100,7 @@ def conditions(
     Raises:
         InputError: an unknown method or way of positions, or two conditions of one name.
         PrunerError: a saved pruner or a budget that makes no sense.
-        ScheduleError: an unknown preset.
+        ScheduleError: an unknown preset, or a file that holds no schedule.
     """
     from adaptinfer.pruners import METHODS, Random
     from adaptinfer.pruners.config import from_pretrained
@@ -124,6 +126,7 @@ def conditions(
             settings = {} if way is None else {"positions": way}
             found += [_condition(known[method], budget, settings, label, seeds) for budget in budgets]
     found += [Condition(name, name, None, published(name)) for name in presets]
+    found += [_from_file(name, seeds) for name in schedules]
     for path in saved:
         pruner = from_pretrained(path)
         name = (path.parent if path.is_file() else path).resolve().name
@@ -189,6 +192,21 @@ def published(name: str) -> Pruner:
     if kind is None:
         raise InputError(f"preset {name!r}: there is no method {method!r}; there are {', '.join(METHODS)}")
     return kind.paper(label, model)
+
+
+def _from_file(name: str, seeds: int) -> Condition:
+    """``[method:]file``; the method is AdaptInfer if none is named."""
+    from adaptinfer.pruners import METHODS
+
+    method, _, file = name.partition(":")
+    if method not in METHODS:  # the colon, if there is one, is the file's
+        method, file = "adaptinfer", name
+    path = Path(file)
+    pruner = METHODS[method](schedule=Schedule.load(path))
+    label = path.resolve().parent.name if path.stem == "schedule" else path.stem
+    return Condition(
+        f"{method} {label}", f"{method} {label}", None, pruner, seeds=seeds if _has_seed(type(pruner)) else 1
+    )
 
 
 def _has_seed(method: type[Pruner]) -> bool:
