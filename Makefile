@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 demo: $(READY)
 	@mkdir -p build
 	$(BIN)/python -m adaptinfer.embedded draw --seed 6 build/scene.jpg
-	$(BIN)/adaptinfer ask build/scene.jpg "How many crosses are there?" --budget 0.33
+	$(BIN)/adaptinfer ask build/scene.jpg "Is there a black cross?" --budget 0.33
 	$(BIN)/adaptinfer ask build/scene.jpg "What does the black sign say?" --budget 0.33
 	$(BIN)/adaptinfer ask build/scene.jpg "Is the star left of the red moon?" --budget 0.33
 	$(BIN)/adaptinfer ask build/scene.jpg "What colour is the star?" --budget 0.33 --compare --overlay build/demo.png

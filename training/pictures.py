@@ -108,7 +108,8 @@ def failures(file: File) -> None:
         scene, question, given = found[kind]
         axis.imshow(render(scene, _PATCH))
         text = f"{kind}: {question.text}?"
-        axis.set_title(f"{textwrap.fill(text, 44)}\nright: {question.answer}   given: {given}", fontsize=9)
+        told = f"right: {question.answer}   given: {given}"
+        axis.set_title(f"{textwrap.fill(text, 44)}\n{textwrap.fill(told, 44)}", fontsize=9)
     figure.tight_layout()
     figure.savefig(file, dpi=80)
     plt.close(figure)
