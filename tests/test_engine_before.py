@@ -23,6 +23,7 @@ from adaptinfer import (
     DivPrune,
     FasterVLM,
     Pool,
+    PruMerge,
     PrunerError,
     Schedule,
     ScheduleError,
@@ -201,7 +202,8 @@ def test_nothing_is_read_on_the_host(method):
     ids = torch.zeros(4, 40, dtype=torch.long, device="meta")
     pruner = method(budget=0.4)
     encoded = Encoded("image", [16] * 4, [((4, 4),)] * 4)
-    shapes = {"attention": (4, 16, 3), "keys": (4, 16, 3, 5), "projector": (4, 16, 7), "groups": (4, 16, 1)}
+    shapes = {"attention": (4, 16, 3), "joined": (4, 16, 1), "keys": (4, 16, 3, 5)}
+    shapes |= {"projector": (4, 16, 7), "groups": (4, 16, 1)}
     encoded.taken = {read: [torch.zeros(shapes[read.what], device="meta")] for read in pruner.reads}
 
     class Layout:
@@ -329,6 +331,21 @@ def test_the_class_tokens_attention_is_the_towers_own(attention):
         _, report = run(model, inputs, FasterVLM(budget=0.3, layer=layer))
         for scores, images in zip(report.scores[0], (expected[0], expected[1:].flatten()), strict=True):
             torch.testing.assert_close(scores, images, atol=1e-6, rtol=0)
+
+
+def test_heads_joined_into_one():
+    """PruMerge's attention against whole queries and keys of the last block, made by hand."""
+    model, inputs = tiny.llava(), tiny.batch("llava", prompts("llava")[:1])
+    tower = model.base_model.vision_tower
+    vision = tower.vision_model if hasattr(tower, "vision_model") else tower
+    with torch.no_grad():
+        hidden = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2]
+        block = vision.encoder.layers[-1]
+        states = block.layer_norm1(hidden)
+        query, key = block.self_attn.q_proj(states)[0, 0], block.self_attn.k_proj(states)[0]
+        expected = (key @ query / len(query) ** 0.5).softmax(dim=0)[1:]
+    _, report = run(model, inputs, PruMerge(budget=0.3))
+    torch.testing.assert_close(report.scores[0][0], expected, atol=1e-6, rtol=0)
 
 
 def test_without_a_class_token_attention_is_the_mean_over_rows(monkeypatch):
