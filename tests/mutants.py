@@ -643,7 +643,7 @@ MUTANTS = [
     Mutant(
         "methods: position stays in SparseVLM+'s attention",
         "pruners/sparsevlm.py",
-        "        position = view.of_ones.text_to_vision.clamp(min=torch.finfo(torch.float32).tiny)",
+        "        position = _of_position(view)",
         "        position = 1.0",
         "tests/test_methods_inside.py::test_it_keeps_what_its_formula_says",
     ),

@@ -267,7 +267,7 @@ def test_outliers_and_uniform_keep_exactly_the_budget(total, data):
 def test_hired_divides_a_budget_over_crops():
     """An overview of 2 x 2, and two crops side by side: 2 x 4 with a column of line ends."""
     crops = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2, 1, 1, 2, 2, 2]])
-    early = torch.tensor([[[3.0, 1, 3, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]]])  # left half 6, right half 2
+    early = torch.tensor([[[4.0, 1, 2, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]]])  # the better half: one left, one right
     late = torch.tensor([[[1.0, 2, 3, 4, 1, 2, 9, 8, 0, 3, 4, 7, 6, 0]]])
     view = view_of(
         noise(1, 14, 2),
@@ -276,8 +276,11 @@ def test_hired_divides_a_budget_over_crops():
         attention={0: early, -2: late},
         crops=crops,
     )
-    # Half for the overview: 1 2 3. Of the other three, shares 6 and 2: quotients 12, 4, 2.4 against 4: two and one.
-    assert kept_of(HiRED(budget=6).select_before(view)) == [[1, 2, 3, 6, 9, 10]]
+    # Half for the overview: 1 2 3. Of the other three one each, 10 and 6, and of equal quotients the earlier, 7 before 9.
+    assert kept_of(HiRED(budget=6).select_before(view)) == [[1, 2, 3, 6, 7, 10]]
+    # Of seven, three for the overview and four for the crops: two each.
+    view = dataclasses.replace(view, keep=7)
+    assert kept_of(HiRED(budget=7).select_before(view)) == [[1, 2, 3, 6, 7, 9, 10]]
 
 
 def test_apportioned_by_quotients():
