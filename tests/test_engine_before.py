@@ -25,6 +25,8 @@ from adaptinfer import (
     Pool,
     PruMerge,
     PrunerError,
+    PyramidDrop,
+    Scans,
     Schedule,
     ScheduleError,
     Stage,
@@ -466,6 +468,21 @@ def test_a_composition_meets_the_true_average_of_the_whole(vision, first, second
     spans = [stage.layer for stage in schedule.stages if stage.layer >= 0] or [0]
     longest = max(after - layer for layer, after in zip(spans, [*spans[1:], layers - 1], strict=True))
     assert abs(schedule.true_average(vision) - wanted) <= max(0.01 * wanted, 0.5 * longest / layers) + 1e-6
+
+
+def test_vscan_is_its_scans_and_pyramiddrops_stage(models):
+    model, inputs, vscan = models("llava"), tiny.batch("llava", prompts("llava")[:1]), VScan(budget=16)
+    before, inside = vscan.plan(tiny.LAYERS, 49).stages
+    parts = [Schedule((stage,), tiny.LAYERS) for stage in (before, inside)]
+    _, whole = run(model, inputs, vscan)
+    _, composed = run(model, inputs, Scans(schedule=parts[0]) >> PyramidDrop(schedule=parts[1]))
+    for one, other in zip(whole.kept, composed.kept, strict=True):
+        assert torch.equal(one[0], other[0])
+
+
+def test_papers_drop_tokens_before_they_number_them():
+    for method in (DivPrune, FasterVLM, VisionZip, VScan):
+        assert method.paper(64).positions == "compact" and method(budget=64).positions == "keep"
 
 
 def test_a_composition_by_hand():

@@ -63,6 +63,11 @@ class Layer:
         """[N, d] entering this layer, or the next."""
         return self._hidden[self.number + behind][self.b].double().numpy()
 
+    def normed(self):
+        """[N, d] leaving this layer, behind the last normalisation."""
+        with torch.no_grad():
+            return self.model.get_decoder().norm(self._hidden[self.number + 1][self.b]).double().numpy()
+
     @property
     def embeddings(self):
         return self._hidden[0][self.b].double().numpy()
@@ -158,7 +163,7 @@ def feather(layer, keep):
 
 
 def dart(layer, keep):
-    k, states, where = layer.projected("k_proj"), layer.hidden(behind=1), layer.positions
+    k, states, where = layer.projected("k_proj"), layer.normed(), layer.positions
     norm = {}
     for token in layer.vision + layer.text:
         norm[token] = 0.0
@@ -198,6 +203,19 @@ SLOW = {
 @pytest.mark.parametrize("name", SLOW)
 def test_it_keeps_what_its_formula_says(models, name, attention):
     keeps_what_the_formula_says(models, attention, *SLOW[name])
+
+
+def test_dart_compares_behind_the_last_norm():
+    """With weights that are not all one."""
+
+    def models(family, attention):
+        model = tiny.llava(attention)
+        weight = model.get_decoder().norm.weight
+        with torch.no_grad():
+            weight.copy_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(3)) ** 4 * 5)
+        return model
+
+    keeps_what_the_formula_says(models, "sdpa", *SLOW["dart"])
 
 
 def keeps_what_the_formula_says(models, attention, pruner, slow):

@@ -23,9 +23,9 @@ class HiRED(Selector):
     """The tokens that the class token attends to most (sum over heads), within budgets.
 
     A row's budget is shared out over its pictures by their tokens. Of an any-resolution picture (LLaVA-NeXT) the
-    overview gets a fixed share; the rest goes to the crops by how many of the overview's tokens that the class token
-    attends to most, early in the tower, lie in their part of it: of all tokens the share that the overview does not get.
-    A picture without crops is a plain choice by attention.
+    overview gets a fixed share; the rest goes to the crops by how many of the overview's best tokens lie in their part
+    of it: those that the class token attends to most early in the tower, of all the share that the overview does not
+    get. A picture without crops is a plain choice by attention.
 
     Two things of the authors' code are not here: it cuts the overview into runs of tokens, whole lines, where crops lie
     side by side as well, and what rounding leaves of a budget it leaves unused.

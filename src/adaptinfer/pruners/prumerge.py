@@ -23,9 +23,9 @@ __all__ = ["PruMerge", "PruMergePlus", "outliers_and_uniform"]
 
 @dataclasses.dataclass(frozen=True)
 class PruMerge(Selector):
-    """Tokens that the class token attends to most, each with those of similar keys added to it, and one for the rest.
+    """Tokens that the class token attends to most, each with those of similar keys added, and one for the rest.
 
-    Attention is that of all heads joined into one: the softmax of the whole queries' and keys' products over the root of
+    Attention is that of all heads joined into one: the softmax of products of whole queries and keys over the root of
     their width. Similar is the cosine of whole keys; what is added is weighed by attention. So is the sum of all that
     were not picked, which goes on as the last token of the budget, in the place of the last of them. The authors' code
     puts it behind the picked ones, which stand by falling attention there.

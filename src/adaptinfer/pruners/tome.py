@@ -21,12 +21,13 @@ __all__ = ["ToMe", "match"]
 class ToMe(Selector):
     """Bipartite soft matching of keys inside a CLIP or SigLIP tower; one token of each group goes on.
 
-    Every block merges about as many: tokens at every second place, the class token's being the first of them (it never
-    merges), into those between. In the next block those that might have merged and did not stand in front of the others.
+    Every block merges about as many: tokens at every second place into those between. A class token has the first place
+    and never merges. In the next block those that might have merged and did not stand in front of the others.
 
     The tower is given the members of a group as so many equal tokens, which is what ToMe's proportional attention
-    computes for one of that size: the same features, without its saving in the tower. Groups form within a picture, so several pictures need a share as the budget. A tower too shallow for a budget
-    leaves more groups, of which the largest go on.
+    computes for one of that size: the same features, without its saving in the tower. Groups form within a picture, so
+    several pictures need a share as the budget. A tower too shallow for a budget leaves more groups, of which the
+    largest go on.
     """
 
     name: ClassVar[str] = "tome"

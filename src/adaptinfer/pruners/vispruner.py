@@ -9,7 +9,7 @@ import torch
 
 from adaptinfer.functional import gather_tokens
 from adaptinfer.pruners.base import Selection
-from adaptinfer.pruners.before import Read, Selector, check_setting, top, unit
+from adaptinfer.pruners.before import Read, Selector, check_setting, unit
 
 if TYPE_CHECKING:
     from torch import Tensor
