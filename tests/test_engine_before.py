@@ -23,7 +23,10 @@ from adaptinfer import (
     DivPrune,
     FasterVLM,
     Pool,
+    PruMerge,
     PrunerError,
+    PyramidDrop,
+    Scans,
     Schedule,
     ScheduleError,
     Stage,
@@ -110,8 +113,8 @@ def test_keeps_exactly_the_budget_in_order_alone_and_in_a_batch(models, method, 
 @each_method
 @pytest.mark.parametrize("budget", [0.5, 0.3, 25])
 def test_meets_a_true_average(models, method, budget):
-    inputs = tiny.batch("llava", prompts("llava")[:1])
-    _, report = run(models("llava"), inputs, method(budget=budget))
+    inputs, pruner = tiny.batch("llava", prompts("llava")[:1]), method(budget=budget)
+    _, report = run(models("llava"), inputs, pruner)
     (vision,) = report.vision_tokens
     wanted = budget * vision if budget < 1 else budget
     assert report.true_average[0] == pytest.approx(wanted, abs=0.75)
@@ -120,7 +123,8 @@ def test_meets_a_true_average(models, method, budget):
         held[stage.layer + 1 :] = [int(stage.kept_mask.sum())] * (tiny.LAYERS - stage.layer - 1)
     assert tuple(held) == report.tokens_per_layer[0], "the report says what really happened"
     (schedule,), (text,) = report.schedules, report.text_tokens
-    assert report.flops == schedule.prefill_flops(report.shape, text, vision)
+    early_drop = not pruner.acts_behind
+    assert report.flops == schedule.prefill_flops(report.shape, text, vision, early_drop=early_drop)
 
 
 @each_method_and_family
@@ -201,7 +205,8 @@ def test_nothing_is_read_on_the_host(method):
     ids = torch.zeros(4, 40, dtype=torch.long, device="meta")
     pruner = method(budget=0.4)
     encoded = Encoded("image", [16] * 4, [((4, 4),)] * 4)
-    shapes = {"attention": (4, 16, 3), "keys": (4, 16, 3, 5), "projector": (4, 16, 7), "groups": (4, 16, 1)}
+    shapes = {"attention": (4, 16, 3), "joined": (4, 16, 1), "keys": (4, 16, 3, 5)}
+    shapes |= {"projector": (4, 16, 7), "groups": (4, 16, 1)}
     encoded.taken = {read: [torch.zeros(shapes[read.what], device="meta")] for read in pruner.reads}
 
     class Layout:
@@ -331,6 +336,21 @@ def test_the_class_tokens_attention_is_the_towers_own(attention):
             torch.testing.assert_close(scores, images, atol=1e-6, rtol=0)
 
 
+def test_heads_joined_into_one():
+    """PruMerge's attention against whole queries and keys of the last block, made by hand."""
+    model, inputs = tiny.llava(), tiny.batch("llava", prompts("llava")[:1])
+    tower = model.base_model.vision_tower
+    vision = tower.vision_model if hasattr(tower, "vision_model") else tower
+    with torch.no_grad():
+        hidden = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2]
+        block = vision.encoder.layers[-1]
+        states = block.layer_norm1(hidden)
+        query, key = block.self_attn.q_proj(states)[0, 0], block.self_attn.k_proj(states)[0]
+        expected = (key @ query / len(query) ** 0.5).softmax(dim=0)[1:]
+    _, report = run(model, inputs, PruMerge(budget=0.3))
+    torch.testing.assert_close(report.scores[0][0], expected, atol=1e-6, rtol=0)
+
+
 def test_without_a_class_token_attention_is_the_mean_over_rows(monkeypatch):
     setup = zoo.SETUPS["paligemma"]
     inputs = setup.collate([zoo.simple("paligemma", seed=1)], "left")
@@ -449,6 +469,21 @@ def test_a_composition_meets_the_true_average_of_the_whole(vision, first, second
     spans = [stage.layer for stage in schedule.stages if stage.layer >= 0] or [0]
     longest = max(after - layer for layer, after in zip(spans, [*spans[1:], layers - 1], strict=True))
     assert abs(schedule.true_average(vision) - wanted) <= max(0.01 * wanted, 0.5 * longest / layers) + 1e-6
+
+
+def test_vscan_is_its_scans_and_pyramiddrops_stage(models):
+    model, inputs, vscan = models("llava"), tiny.batch("llava", prompts("llava")[:1]), VScan(budget=16)
+    before, inside = vscan.plan(tiny.LAYERS, 49).stages
+    parts = [Schedule((stage,), tiny.LAYERS) for stage in (before, inside)]
+    _, whole = run(model, inputs, vscan)
+    _, composed = run(model, inputs, Scans(schedule=parts[0]) >> PyramidDrop(schedule=parts[1]))
+    for one, other in zip(whole.kept, composed.kept, strict=True):
+        assert torch.equal(one[0], other[0])
+
+
+def test_papers_drop_tokens_before_they_number_them():
+    for method in (DivPrune, FasterVLM, VisionZip, VScan):
+        assert method.paper(64).positions == "compact" and method(budget=64).positions == "keep"
 
 
 def test_a_composition_by_hand():

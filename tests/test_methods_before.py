@@ -29,9 +29,9 @@ def noise(*shape, seed=0):
 class Made:
     """Stands in for the encoded images of a view: whatever a test made up."""
 
-    def __init__(self, attention=None, keys=None, projector=None, tokens=None, crops=None):
-        self.values = {"attention": attention, "keys": keys, "projector": tokens}
-        self.projector, self._crops = projector, crops
+    def __init__(self, attention=None, joined=None, keys=None, projector=None, tokens=None, crops=None, ends=None):
+        self.values = {"attention": attention, "joined": joined, "keys": keys, "projector": tokens}
+        self.projector, self._crops, self._ends = projector, crops, ends
         self.cropped = crops is not None
 
     def taken(self, read):
@@ -41,7 +41,12 @@ class Made:
     def crops(self):
         raise AssertionError("asked by `at` alone")
 
+    def line_ends(self):
+        raise AssertionError("asked by `at` alone")
+
     def at(self, places, rows, values):
+        if values == self.line_ends:
+            return torch.zeros(places.shape, dtype=torch.bool) if self._ends is None else self._ends
         return self._crops if values == self.crops else values
 
 
@@ -53,7 +58,7 @@ def view_of(features, keep, text=None, pictures=None, **made):
         made["attention"] = {**dict.fromkeys((-2, -1, 0, 5), next(iter(swapped.values()))), **swapped}
     text = noise(len(features), 3, features.shape[2], seed=9) if text is None else text
     places = torch.arange(features.shape[1]).expand(len(features), -1)
-    return FeatureView(features, text, keep, pictures, Made(**made), places, None)
+    return FeatureView(features, text, keep, pictures, rows=None, _images=Made(**made), _places=places)
 
 
 def kept_of(selection):
@@ -139,16 +144,44 @@ def test_vispruner_drops_near_duplicates_among_the_rest():
     attention = torch.tensor([[[9.0, 8, 1, 1, 1, 1, 1, 1]]])
     view = view_of(features, 7, attention=attention)
     assert kept_of(VisPruner(budget=7, important_share=2 / 7).select_before(view)) == [[0, 1, 2, 3, 5, 6, 7]]
-    # One more: 2 3 5 6 7 left, even places 2 5 7 meet 3 and 6: angles 10 201 300 meet 90 and 60: 2 goes (50 degrees).
+    # Next round: 6 2 (the more similar first) and 3 5 7. Even places 6 3 7, at 60 90 300 degrees, meet 2 and 5, at 10
+    # and 201: nearest by 50, 80 and 70, so 6 goes.
     view = dataclasses.replace(view, keep=6)
-    assert kept_of(VisPruner(budget=6, important_share=2 / 6, step=1).select_before(view)) == [[0, 1, 3, 5, 6, 7]]
+    assert kept_of(VisPruner(budget=6, important_share=2 / 6, step=1).select_before(view)) == [[0, 1, 2, 3, 5, 7]]
+
+
+def test_vispruner_pairs_by_falling_attention():
+    """Attention takes 3; behind it stand 1 0 2 4, at 5 0 180 and 90 degrees. 1 and 2 meet 0 and 4: 1 goes, by 5."""
+    angles = torch.tensor([0.0, 5, 180, 45, 90]).deg2rad()
+    features = torch.stack([angles.cos(), angles.sin()], dim=1)[None]
+    view = view_of(features, 4, attention=torch.tensor([[[3.0, 4, 2, 9, 1]]]))
+    # In the picture's order 0 and 2 would have met 1 and 4, and 0 gone.
+    assert kept_of(VisPruner(budget=4, important_share=0.25).select_before(view)) == [[0, 2, 3, 4]]
+
+
+def test_vispruner_compares_what_enters_the_projector():
+    angles = torch.tensor([0.0, 0, 90, 88, 85]).deg2rad()
+    tokens = torch.stack([angles.cos(), angles.sin()], dim=1)[None]
+    made = {"attention": torch.tensor([[[9.0, 4, 3, 2, 1]]]), "tokens": tokens, "projector": lambda x: x}
+    # 1 and 3, at 0 and 88, meet 2 and 4, at 90 and 85: nearest by 85 and 2, so 3 goes. Projected ones are all alike.
+    view = view_of(torch.ones(1, 5, 3), 4, **made)
+    assert kept_of(VisPruner(budget=4, important_share=0.25).select_before(view)) == [[0, 1, 2, 4]]
+
+
+def test_vispruner_takes_line_ends_for_duplicates():
+    # Behind 0 stand 1 2 3 4: even places 1 3 meet 2 4. Ends of lines are zeros, yet 3 resembles 4 entirely.
+    tokens = torch.tensor([[[1.0, 0], [1, 0], [1, 1], [0, 0], [0, 0]]])
+    made = {"attention": torch.tensor([[[9.0, 4, 3, 0, 0]]]), "tokens": tokens, "projector": lambda x: x}
+    view = view_of(torch.ones(1, 5, 3), 4, ends=(tokens == 0).all(dim=2), **made)
+    assert kept_of(VisPruner(budget=4, important_share=0.25).select_before(view)) == [[0, 1, 2, 4]]
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.data())
 def test_duplicates_are_dropped_down_to_any_count(total, step, data):
     count = data.draw(st.integers(0, total))
     left = without_duplicates(noise(2, total, 4, seed=total), count, step)
-    assert left.shape == (2, count) and bool((left.diff(dim=1) > 0).all())
+    assert left.shape == (2, count)
+    assert all(len(set(row)) == count and set(row) <= set(range(total)) for row in left.tolist())
 
 
 @pytest.mark.parametrize("merge", ["add", "average"])
@@ -183,22 +216,31 @@ def test_visionzip_by_hand(merge):
             torch.testing.assert_close(selection.hidden[b, i], expected, atol=1e-5, rtol=0)
 
 
-def test_prumerge_by_hand():
-    total, keep = 9, 3
+@pytest.mark.parametrize("keep", [1, 4])
+def test_prumerge_by_hand(keep):
+    """One of four stands for all that were not picked; a budget of one is a pick."""
+    total, picks = 9, max(1, keep - 1)
     features, keys = noise(1, total, 4), noise(1, total, 2, 3, seed=1)
-    attention = noise(1, 2, total, seed=2).softmax(2)
-    selection = PruMerge(budget=keep, neighbours=4).select_before(
-        view_of(features, keep, attention=attention, keys=keys)
-    )
-    weight, likeness = attention[0].mean(0), cosines(keys[0].flatten(1))
-    kept = sorted(sorted(range(total), key=lambda i: -weight[i])[:keep])
-    assert kept_of(selection) == [kept]
+    joined = noise(1, total, 1, seed=2).softmax(1)
+    selection = PruMerge(budget=keep, neighbours=4).select_before(view_of(features, keep, joined=joined, keys=keys))
+    weight, likeness = joined[0, :, 0], cosines(keys[0].flatten(1))
+    picked = sorted(range(total), key=lambda i: -weight[i])[:picks]
+    rest = [i for i in range(total) if i not in picked]
+    assert kept_of(selection) == [sorted([*picked, *rest[-1:]] if keep > 1 else picked)]
     for i in range(total):
         expected = features[0, i].clone()
-        if i in kept:
+        if i in picked:
             near = sorted((j for j in range(total) if j != i), key=lambda j: -likeness[i, j])[:4]
             expected += sum(weight[j] * features[0, j] for j in near)
+        elif i == rest[-1] and keep > 1:
+            expected = sum(weight[j] * features[0, j] for j in rest)
         torch.testing.assert_close(selection.hidden[0, i], expected, atol=1e-5, rtol=0)
+
+
+def test_prumerge_without_merging():
+    joined = torch.tensor([[[0.1], [0.4], [0.2], [0.3]]])
+    selection = PruMerge(budget=2, neighbours=0).select_before(view_of(noise(1, 4, 2), 2, joined=joined))
+    assert kept_of(selection) == [[1, 3]] and selection.hidden is None
 
 
 def test_prumerge_plus_fills_up_with_a_uniform_sample():
@@ -225,7 +267,7 @@ def test_outliers_and_uniform_keep_exactly_the_budget(total, data):
 def test_hired_divides_a_budget_over_crops():
     """An overview of 2 x 2, and two crops side by side: 2 x 4 with a column of line ends."""
     crops = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2, 1, 1, 2, 2, 2]])
-    early = torch.tensor([[[3.0, 1, 3, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]]])  # left half 6, right half 2
+    early = torch.tensor([[[4.0, 1, 2, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]]])  # the better half: one left, one right
     late = torch.tensor([[[1.0, 2, 3, 4, 1, 2, 9, 8, 0, 3, 4, 7, 6, 0]]])
     view = view_of(
         noise(1, 14, 2),
@@ -234,8 +276,11 @@ def test_hired_divides_a_budget_over_crops():
         attention={0: early, -2: late},
         crops=crops,
     )
-    # Half for the overview: 1 2 3. Of the other three, shares 6 and 2: quotients 12, 4, 2.4 against 4: two and one.
-    assert kept_of(HiRED(budget=6).select_before(view)) == [[1, 2, 3, 6, 9, 10]]
+    # Half for the overview: 1 2 3. Of the other three one each, 10 and 6, and of equal quotients the earlier, 7.
+    assert kept_of(HiRED(budget=6).select_before(view)) == [[1, 2, 3, 6, 7, 10]]
+    # Of seven, three for the overview and four for the crops: two each.
+    view = dataclasses.replace(view, keep=7)
+    assert kept_of(HiRED(budget=7).select_before(view)) == [[1, 2, 3, 6, 7, 9, 10]]
 
 
 def test_apportioned_by_quotients():
@@ -262,13 +307,15 @@ def test_vscan_scans_windows_and_the_whole():
     early = torch.tensor([[[4.0, 1, 1, 1, 1, 1, 3, 1, 1, 1, 1, 1, 2, 1, 1, 5]]])
     late = torch.zeros(1, 1, 16)
     late[0, 0, [0, 1, 5]] = torch.tensor([9.0, 8, 7])
-    features = noise(1, 16, 6)
-    view = view_of(features, 6, pictures=(((4, 4),),), attention={5: early, -2: late})
+    features, ends = noise(1, 16, 6), torch.zeros(1, 16, dtype=torch.bool)
+    ends[0, 3] = True
+    made = {"tokens": noise(1, 16, 5, seed=1), "projector": torch.nn.Linear(5, 6)}  # projected ones are compared
+    view = view_of(features, 6, pictures=(((4, 4),),), attention={5: early, -2: late}, ends=ends, **made)
     selection = Scans(budget=6, local_share=4 / 6, window=2).select_before(view)
     kept = [0, 1, 5, 6, 12, 15]  # 0 6 12 15 by window; 1 and 5 by the late block, where 0 is taken already
     assert kept_of(selection) == [kept]
     likeness = cosines(features[0])
-    best = {i: max(kept, key=lambda c: likeness[i, c]) for i in range(16) if i not in kept}
+    best = {i: max(kept, key=lambda c: likeness[i, c]) for i in range(16) if i not in kept and i != 3}
     joined = {k: [k] + [i for i, centre in best.items() if centre == k] for k in kept}
     for k in kept:
         expected = features[0, joined[k]].mean(0)

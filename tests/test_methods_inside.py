@@ -63,6 +63,11 @@ class Layer:
         """[N, d] entering this layer, or the next."""
         return self._hidden[self.number + behind][self.b].double().numpy()
 
+    def normed(self):
+        """[N, d] leaving this layer, behind the last normalisation."""
+        with torch.no_grad():
+            return self.model.get_decoder().norm(self._hidden[self.number + 1][self.b]).double().numpy()
+
     @property
     def embeddings(self):
         return self._hidden[0][self.b].double().numpy()
@@ -129,14 +134,9 @@ def sparsevlm_plus(layer, keep):
     def of_ones(t, v):
         """Rotated by m and n, ones give the sum over pairs of 2 cos((m - n) θ)."""
         angles = [(where[t] - where[v]) * 10000.0 ** (-2 * i / 16) for i in range(8)]
-        return sum(2 * math.cos(x) for x in angles) / math.sqrt(16)
+        return max(sum(2 * math.cos(x) for x in angles), 0.01 * 16) / math.sqrt(16)
 
-    position = {}
-    for t in chosen:
-        logits = {i: of_ones(t, i) for i in layer.given["alive"] if i <= t}
-        total = sum(math.exp(x) for x in logits.values())
-        position.update({(t, v): math.exp(logits[v]) / total for v in layer.vision})
-    freed = {(h, v): sum(a[h, t, v] / position[t, v] for t in chosen) for h in range(4) for v in layer.vision}
+    freed = {(h, v): sum(a[h, t, v] / of_ones(t, v) for t in chosen) for h in range(4) for v in layer.vision}
     mass = {h: sum(freed[h, v] for v in layer.vision) for h in range(4)}
     heads = sorted(mass, key=lambda h: -mass[h])[:2]  # 14 of 32
     return {v: sum(freed[h, v] for h in heads) / (2 * len(chosen)) for v in layer.vision}
@@ -163,7 +163,7 @@ def feather(layer, keep):
 
 
 def dart(layer, keep):
-    k, states, where = layer.projected("k_proj"), layer.hidden(behind=1), layer.positions
+    k, states, where = layer.projected("k_proj"), layer.normed(), layer.positions
     norm = {}
     for token in layer.vision + layer.text:
         norm[token] = 0.0
@@ -203,6 +203,19 @@ SLOW = {
 @pytest.mark.parametrize("name", SLOW)
 def test_it_keeps_what_its_formula_says(models, name, attention):
     keeps_what_the_formula_says(models, attention, *SLOW[name])
+
+
+def test_dart_compares_behind_the_last_norm():
+    """With weights that are not all one."""
+
+    def models(family, attention):
+        model = tiny.llava(attention)
+        weight = model.get_decoder().norm.weight
+        with torch.no_grad():
+            weight.copy_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(3)) ** 4 * 5)
+        return model
+
+    keeps_what_the_formula_says(models, "sdpa", *SLOW["dart"])
 
 
 def keeps_what_the_formula_says(models, attention, pruner, slow):
@@ -283,10 +296,17 @@ PUBLISHED[64] = (576, (66, 82), (30, 32), (17, 18))
 def test_published_keeps_are_split_as_published(label):
     entering, *stages = PUBLISHED[label]
     for ranked, keep in stages:
-        merged = math.floor(0.3 * (entering - ranked))
+        merged = math.floor(0.3 * (entering - ranked)) + 1
         assert SparseVLM(budget=64).split(entering, keep) == (ranked, merged, merged // 10 + 1)
         entering = keep
     assert [keep for _, keep in stages] == [s.keep for s in SparseVLM.paper(label).schedule.stages]
+
+
+def test_one_more_than_the_share_is_merged():
+    """Of 97 dropped 30 % are 29, and one: 30 in 4 clusters. Of one dropped, that one, alone."""
+    assert SparseVLM(budget=64).split(100, 3 + 4) == (3, 30, 4)
+    assert SparseVLM(budget=64).split(100, 99) == (98, 1, 1)
+    assert SparseVLM(budget=64).split(100, 100) == (100, 0, 0)
 
 
 @given(entering=st.integers(0, 700), share=st.sampled_from([0.1, 0.3, 0.7, 0.99]), data=st.data())

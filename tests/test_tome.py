@@ -18,17 +18,19 @@ def test_matching_by_hand():
     source, target = match(keys, 2)
     assert source.tolist() == [[0, 2]] and target.tolist() == [[1, 3]]
     assert [part.tolist() for part in match(keys, 3)] == [[[0, 2, 4]], [[1, 3, 3]]]
+    # Behind a class token the others merge: 1 and 3, alike to 0 and 2 by 10 degrees both.
+    assert [part.tolist() for part in match(keys, 2, first=1)] == [[[1, 3]], [[0, 2]]]
 
 
 def test_a_group_is_the_mean_of_its_members():
     states = torch.tensor([[[1.0], [3.0], [5.0], [7.0]]])
     keys = torch.tensor([[[1.0, 0], [1.0, 0.1], [0, 1.0], [1.0, 0.2]]])
     group = active = torch.arange(4)[None]
-    states, group, active = merge_step(states, keys, group, active, 1)  # 0 joins 1
-    assert active.tolist() == [[1, 2, 3]] and group.tolist() == [[1, 1, 2, 3]]
+    states, group, active = merge_step(states, keys, group, active, 1)  # 0 joins 1; 2 did not join, so it stands first
+    assert active.tolist() == [[2, 1, 3]] and group.tolist() == [[1, 1, 2, 3]]
     assert states.flatten().tolist() == [2, 2, 5, 7]
-    states, group, active = merge_step(states, keys, group, active, 2)  # places 1 and 3 of three join 2
-    assert active.tolist() == [[2]] and group.tolist() == [[2, 2, 2, 2]]
+    states, group, active = merge_step(states, keys, group, active, 2)  # 2 and 3, at even places, join 1
+    assert active.tolist() == [[1]] and group.tolist() == [[1, 1, 1, 1]]
     assert states.flatten().tolist() == [4, 4, 4, 4], "members count, not groups"
 
 
@@ -55,12 +57,12 @@ def reference(tower, pixels, left):
         weights = (query @ key.transpose(1, 2) * dim**-0.5 + size.log()).softmax(dim=-1)  # proportional attention
         hidden = hidden + attention.out_proj((weights @ value).transpose(0, 1).flatten(1))
         points = torch.nn.functional.normalize(key.mean(0)[1:], dim=1)
-        even, odd = list(range(0, len(members), 2)), list(range(1, len(members), 2))
+        even, odd = list(range(1, len(members), 2)), list(range(0, len(members), 2))  # with the class token at 0
         likeness = points[even] @ points[odd].T
         order = sorted(range(len(even)), key=lambda i: -likeness[i].max().item())[: len(members) - goal]
         joins = {even[i]: odd[int(likeness[i].argmax())] for i in order}
         states, groups = [], []
-        for place in range(len(members)):
+        for place in even + odd:
             if place in joins:
                 continue
             parts = [place, *(source for source, target in joins.items() if target == place)]

@@ -221,6 +221,7 @@ class Stages:
             hidden=hidden.to(device),
             prompt=self._prompt(device) if "embeddings" in needs else None,
             rotation=rotation,
+            final_norm=self._family.final_norm if "norm" in needs else None,
         )
 
     def _prompt(self, device: torch.device) -> PromptView:

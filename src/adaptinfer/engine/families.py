@@ -69,6 +69,7 @@ _REFUSED = {
 _SCALED = ("Ministral3", "Llama4")  # attention classes that scale queries by their positions
 _RECURRENT = ("linear_attn", "conv", "mamba")
 _USUAL_INPUTS = ("hidden_states", "position_embeddings", "position_ids", "attention_mask")
+_FINAL_NORMS = ("norm", "embedding_norm")
 _BACKENDS = ("sdpa", "eager", "flex_attention")
 _WAY_OUT = "; please open an issue that names the model"
 
@@ -87,6 +88,7 @@ class Family:
         token_inputs: names of further layer inputs that have a row per token.
         rotary: rotary embedding of renumbered positions; None where survivors cannot be renumbered.
         rotate: for each scoring layer that shows it, how it puts rotary embedding on queries and keys.
+        final_norm: what the decoder puts its last hidden states through; None if it has none under a known name.
     """
 
     model_type: str
@@ -98,6 +100,7 @@ class Family:
     token_inputs: tuple[str, ...]
     rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
     rotate: dict[int, Callable[[Tensor, Tensor, Tensor], Tensor]]
+    final_norm: Callable[[Tensor], Tensor] | None = None
 
     def stage_layers(self, needs: frozenset[str]) -> tuple[int, ...]:
         """Layers in which a stage of a method with these `Pruner.needs` may sit."""
@@ -131,6 +134,7 @@ def family_of(model: nn.Module) -> Family:
     sources = _key_sources(text, len(layers))
     scoring = tuple(i for i in range(len(layers)) if i not in recurrent and i not in sources)
     rotate = {i: rotary_function(attention_of(layers[i])) for i in scoring}
+    decoder: Any = model.get_decoder()  # pyright: ignore
     family = Family(
         model_type=model_type,
         placeholders=placeholders,
@@ -139,8 +143,9 @@ def family_of(model: nn.Module) -> Family:
         recurrent=recurrent,
         sources=sources,
         token_inputs=_TOKEN_INPUTS,
-        rotary=model.get_decoder().rotary_emb if text.model_type in _COMPACT else None,  # pyright: ignore
+        rotary=decoder.rotary_emb if text.model_type in _COMPACT else None,
         rotate={i: function for i, function in rotate.items() if function is not None},
+        final_norm=next((getattr(decoder, name).forward for name in _FINAL_NORMS if hasattr(decoder, name)), None),
     )
     if model_type not in TESTED:
         _probe(model, family)

@@ -142,7 +142,7 @@ def check_flash(sources: dict[int, int], stages: Iterable[int]) -> None:
 
 
 def check_needs(family: Family, pruner: Pruner) -> None:
-    """Refuse a method that looks at rotary embedding for a model that does not show how it is put on.
+    """Refuse a method that looks at rotary embedding or the last normalisation of a model that does not show it.
 
     Raises:
         UnsupportedError: naming both.
@@ -151,6 +151,11 @@ def check_needs(family: Family, pruner: Pruner) -> None:
         raise UnsupportedError(
             f"{pruner.name} takes rotary embedding off again, and {family.model_type} does not show how it is put on; "
             "use another method, or a newer transformers"
+        )
+    if "norm" in pruner.needs and family.final_norm is None:
+        raise UnsupportedError(
+            f"{pruner.name} compares hidden states behind the model's last normalisation, which was not found in "
+            f"{family.model_type}; use another method"
         )
 
 

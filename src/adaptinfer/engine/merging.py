@@ -90,9 +90,9 @@ class TowerMerging:
         assert recording.groups is not None
         group, active, left = recording.groups
         goal = self._groups(tokens)
-        count = min(math.ceil(max(0, left - goal) / (self.blocks - number)), (left + 1) // 2) if left > 1 else 0
+        count = min(math.ceil(max(0, left - goal) / (self.blocks - number)), left // 2)
         with torch.autocast(states.device.type, enabled=False):
-            patches, group, active = merge_step(states[:, first:].float(), keys, group, active, count)
+            patches, group, active = merge_step(states[:, first:].float(), keys, group, active, count, first)
         recording.groups = group, active, left - count
         if number == self.blocks - 1:
             sizes = (group[:, :, None] == active[:, None, :]).sum(dim=1).float()
@@ -102,7 +102,7 @@ class TowerMerging:
 
 
 def merge_step(
-    states: Tensor, keys: Tensor, group: Tensor, active: Tensor, count: int
+    states: Tensor, keys: Tensor, group: Tensor, active: Tensor, count: int, first: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merge ``count`` groups into others; a group's state is the mean over its members.
 
@@ -110,21 +110,23 @@ def merge_step(
         states: [n, P, d], behind the block's attention; equal within a group.
         keys: [n, P, D] likewise.
         group: int64 [n, P], the token that stands for each token's group.
-        active: int64 [n, m], the tokens that stand for groups, ascending.
-        count: at most half of the groups, rounded up.
+        active: int64 [n, m], the tokens that stand for groups, in the order in which they are matched.
+        count: at most half of the groups.
+        first: as in `match`.
 
     Returns:
-        The new states, group and active.
+        The new states, group and active: first those that might have merged and did not, then the others.
     """
     if not count:
         return states, group, active
-    source, target = match(gather_tokens(keys, active, dim=1), count)
+    source, target = match(gather_tokens(keys, active, dim=1), count, first)
     source, target = active.gather(1, source), active.gather(1, target)
     batch, tokens = group.shape
     towards = torch.arange(tokens, device=group.device).expand(batch, -1).scatter(1, source, target)
     group = towards.gather(1, group)
     alive = torch.zeros_like(group, dtype=torch.bool).scatter(1, active, True).scatter(1, source, False)
-    active = marked_first(alive, active.shape[1] - count)
+    order = torch.cat([active[:, first::2], active[:, 1 - first :: 2]], dim=1)
+    active = order.gather(1, marked_first(alive.gather(1, order), active.shape[1] - count))
     belongs = (group[:, None, :] == active[:, :, None]).float()
     means = belongs @ states / belongs.sum(dim=2, keepdim=True)
     whole = torch.zeros_like(states).scatter(1, active[..., None].expand_as(means), means)

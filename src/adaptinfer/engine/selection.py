@@ -62,6 +62,10 @@ class FeatureView:
         """
         return self._taken(Read("attention", layer, of)).transpose(1, 2)
 
+    def joined_attention(self, layer: int) -> Tensor:
+        """The same of one head that all heads are joined into, float32 [B, V]: logits are the mean times √H."""
+        return self._taken(Read("joined", layer))[..., 0]
+
     def keys(self, layer: int, of: int = 0) -> Tensor:
         """Keys of a block of the tower, [B, V, K, D]."""
         return self._taken(Read("keys", layer, of))
@@ -82,6 +86,10 @@ class FeatureView:
             UnsupportedError: the model does not say.
         """
         return self._images.at(self._places, self.rows, self._images.crops)
+
+    def line_ends(self) -> Tensor:
+        """Which tokens mark the end of a line of crops and come from no picture, bool [B, V]."""
+        return self._images.at(self._places, self.rows, self._images.line_ends)
 
     def groups(self) -> Tensor:
         """Sizes of the groups that merged in the tower, at the tokens that stand for them, [B, V, 1]; else zeros."""
@@ -204,6 +212,10 @@ class Images:
     @property
     def cropped(self) -> bool:
         return any(each.crops for each in self._encoded)
+
+    def line_ends(self, encoded: Encoded) -> Tensor:
+        """bool [F]."""
+        return torch.zeros(encoded.features, dtype=torch.bool) if encoded.packed is None else encoded.packed < 0
 
     def crops(self, encoded: Encoded) -> Tensor:
         """The crop of each feature, counted from 0 in each image, int64 [F]."""

@@ -71,6 +71,7 @@ class StageView:
         output: [B, N, d], hidden states that left it; needs "output" or "next".
         prompt: the tokens as they entered the model; needs "embeddings".
         rotation: rotary embedding of the N tokens; needs "rotary".
+        final_norm: the model's last normalisation, [.., d] -> [.., d]; needs "norm".
     """
 
     layer: int
@@ -92,6 +93,7 @@ class StageView:
     output: Tensor | None = None
     prompt: PromptView | None = None
     rotation: Rotation | None = None
+    final_norm: Callable[[Tensor], Tensor] | None = None
 
     @property
     def past(self) -> int:

@@ -147,12 +147,14 @@ class Tower:
                 if read.what == "keys":
                     taken = key.transpose(1, 2)
                 elif read.what == "attention":
-                    taken = self._received(query, key, mask, scaling).transpose(1, 2)
+                    taken = self._received(query, key, scaling, mask).transpose(1, 2)
+                elif read.what == "joined":
+                    taken = self._received(*_joined(query, key, scaling), mask).transpose(1, 2)
                 else:
                     continue
                 recording.taken.setdefault(read, []).append(taken)
 
-    def _received(self, query: Tensor, key: Tensor, mask: Any, scaling: float) -> Tensor:
+    def _received(self, query: Tensor, key: Tensor, scaling: float, mask: Any) -> Tensor:
         """Attention that each token receives, float32 [n, H, S]: the class token's, or the mean over all tokens."""
         batch, heads, length, _ = query.shape
         if self.class_tokens:
@@ -227,6 +229,14 @@ class Tower:
         home: Any = sys.modules[type(self.module).__module__]
         sizes = {name: getattr(self.module, name) for name in ("spatial_merge_size", "window_size", "patch_size")}
         return home.get_vision_window_index(grid, **sizes)[0]
+
+
+def _joined(query: Tensor, key: Tensor, scaling: float) -> tuple[Tensor, Tensor, float]:
+    """Queries and keys of all heads end to end as those of one head, [n, 1, S, H * D], and its scaling."""
+    heads = query.shape[1]
+    key = key.repeat_interleave(heads // key.shape[1], dim=1)
+    query, key = (tensor.transpose(1, 2).flatten(2)[:, None] for tensor in (query, key))
+    return query, key, scaling * heads**-0.5
 
 
 def _rows(mask: Any, start: int, end: int) -> Tensor | None:

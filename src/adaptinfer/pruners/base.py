@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Need", "Positions", "Pruner", "PrunerError", "Selection", "published_schedules"]
 
 Positions = Literal["keep", "compact"]
-Need = Literal["embeddings", "output", "next", "rotary"]
+Need = Literal["embeddings", "output", "next", "rotary", "norm"]
 
 
 _USUAL_TOKENS = 576  # LLaVA-1.5's, which published shares are about
@@ -98,9 +98,10 @@ class Pruner:
     def needs(self) -> frozenset[Need]:
         """What the method reads besides queries, keys and hidden states of its own layer.
 
-        "embeddings" (`StageView.prompt`), "rotary" (`StageView.without_rotary`, `StageView.of_ones`), "output" (the
-        hidden states that leave the layer) and "next" (queries and keys of the layer behind, in place of its own). With
-        the latter two a stage acts behind its layer, which then computes the outputs of all tokens: no early drop.
+        "embeddings" (`StageView.prompt`), "rotary" (`StageView.without_rotary`, `StageView.of_ones`), "norm"
+        (`StageView.final_norm`), "output" (the hidden states that leave the layer) and "next" (queries and keys of the
+        layer behind, in place of its own). With the latter two a stage acts behind its layer, which then computes the
+        outputs of all tokens: no early drop.
         """
         return frozenset()
 

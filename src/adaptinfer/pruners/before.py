@@ -49,14 +49,15 @@ class Read(NamedTuple):
 
     Attributes:
         what: ``attention`` that a token receives (from the class token; averaged over all tokens in towers without
-            one) or ``keys`` of a block, ``hidden`` states behind it, or what goes into the ``projector``; the sizes of
-            ``groups`` that merged in the tower, at the tokens that stand for them, zeros elsewhere.
+            one), the same with all heads ``joined`` into one, or ``keys`` of a block; ``hidden`` states behind it; what
+            goes into the ``projector``; the sizes of ``groups`` that merged in the tower, at the tokens that stand for
+            them, zeros elsewhere.
         layer: the tower's block; from the end if negative. The projector has none.
         of: depth of the tower that ``layer`` counts in, where a method is defined for one; in another tower the block
             at the same share of the depth is meant.
     """
 
-    what: Literal["attention", "keys", "hidden", "projector", "groups"]
+    what: Literal["attention", "joined", "keys", "hidden", "projector", "groups"]
     layer: int = 0
     of: int = 0
 
@@ -87,6 +88,8 @@ class Selector(SelectsBefore, Pruner):
     """
 
     published = published_schedules({label: {BEFORE: label} for label in (192, 128, 64)})
+    published_positions = "compact"
+    """Authors drop tokens before their LLaVA numbers any."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

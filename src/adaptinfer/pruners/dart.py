@@ -24,10 +24,10 @@ class DART(Pruner):
     """Keep pivots, and for each pivot in turn the vision tokens that are least similar to it.
 
     Pivots are the vision and the text tokens whose keys have the largest L1 norm (after rotary embedding, over all
-    heads), vision first, larger norms first. Similarity is the cosine of the hidden states that leave the layer; each
-    pivot takes an equal share of what is to be kept from the tokens that are left, a share larger by one if it comes
-    early. Of 64 that is 4 + 8 · 8: labels 192, 128 and 64 keep 8 ⌊T / 8⌋ + 4 behind layer 1, true averages of 219.8,
-    159.8 and 99.8.
+    heads), vision first, larger norms first (the authors' code takes them in the order of a hash set). Similarity is
+    the cosine of the hidden states that leave the layer, behind the model's last normalisation; each pivot takes an
+    equal share of what is to be kept from the tokens that are left, a share larger by one if it comes early. Of 64 that
+    is 4 + 8 · 8: labels 192, 128 and 64 keep 8 ⌊T / 8⌋ + 4 behind layer 1, true averages of 219.8, 159.8 and 99.8.
 
     Attributes:
         pivots: of each kind.
@@ -46,11 +46,11 @@ class DART(Pruner):
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"output"})
+        return frozenset({"output", "norm"})
 
     def select(self, view: StageView, keeps: tuple[int, ...]) -> Selection:
-        assert view.output is not None
-        states = normalize(view.output.float(), dim=-1)
+        assert view.output is not None and view.final_norm is not None
+        states = normalize(view.final_norm(view.output).to(view.output.device).float(), dim=-1)
         norms = view.total(view.key[:, :, view.past :].float().abs().sum(dim=(1, 3)))
 
         # Pivots of both kinds [B, P] and which of them there are; a sample that keeps fewer has fewer of vision.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from adaptinfer.pruners.base import Selection
-from adaptinfer.pruners.before import Read, Selector, check_setting, rank_within, shared_out, split, top
+from adaptinfer.pruners.before import Read, Selector, check_setting, rank_within, shared_out, top
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,11 +23,15 @@ class HiRED(Selector):
     """The tokens that the class token attends to most (sum over heads), within budgets.
 
     A row's budget is shared out over its pictures by their tokens. Of an any-resolution picture (LLaVA-NeXT) the
-    overview gets a fixed share; the rest goes to the crops in proportion to the attention that the class token pays,
-    early in the tower, to their part of the overview. A picture without crops is a plain choice by attention.
+    overview gets a fixed share; the rest goes to the crops by how many of the overview's best tokens lie in their part
+    of it: those that the class token attends to most early in the tower, of all the share that the overview does not
+    get. A picture without crops is a plain choice by attention.
+
+    Two things of the authors' code are not here: it cuts the overview into runs of tokens, whole lines, where crops lie
+    side by side as well, and what rounding leaves of a budget it leaves unused.
 
     Attributes:
-        overview_share: of a picture's budget, if it has crops.
+        overview_share: of a picture's budget, if it has crops; parts of a token are cut off.
         early_layer: block of the vision tower whose attention divides the budget.
         layer: block whose attention chooses.
     """
@@ -64,16 +68,17 @@ class HiRED(Selector):
             return top(attention, keep)
         (rows, columns), (high, wide) = grids
         overview = rows * columns
-        first, rest = split(keep, self.overview_share)
+        first = int(keep * self.overview_share)
         first = min(max(first, keep - high * wide), overview)  # what one part has no room for, the other takes
         rest = keep - first
         crops = view.crops()[:, here]
         early = view.attention(self.early_layer).sum(dim=1)[:, here][:, :overview]
+        strong = top(early, max(1, int(overview * (1 - self.overview_share)))).float()
         # The crop that lies over each patch of the overview; the last column holds line ends.
         down = torch.arange(rows, device=early.device) * high // rows
         across = torch.arange(columns, device=early.device) * max(1, wide - 1) // columns
         over = crops[:, overview:][:, (down[:, None] * wide + across).flatten()]
-        share = ((crops[:, overview:, None] == over[:, None, :]) * early[:, None, :]).sum(dim=2)
+        share = ((crops[:, overview:, None] == over[:, None, :]) * strong[:, None, :]).sum(dim=2)
         detail = apportioned(crops[:, overview:], share, attention[:, overview:], rest)
         return torch.cat([top(attention[:, :overview], first), detail], dim=1)
 

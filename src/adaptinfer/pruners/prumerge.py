@@ -23,16 +23,19 @@ __all__ = ["PruMerge", "PruMergePlus", "outliers_and_uniform"]
 
 @dataclasses.dataclass(frozen=True)
 class PruMerge(Selector):
-    """Tokens that the class token attends to most, each with those of similar keys added to it.
+    """Tokens that the class token attends to most, each with those of similar keys added, and one for the rest.
 
-    Similar is the cosine over all heads; what is added is weighed by the class token's attention.
+    Attention is that of all heads joined into one: the softmax of products of whole queries and keys over the root of
+    their width. Similar is the cosine of whole keys; what is added is weighed by attention. So is the sum of all that
+    were not picked, which goes on as the last token of the budget, in the place of the last of them. The authors' code
+    puts it behind the picked ones, which stand by falling attention there.
 
     As published the number of tokens is that of the outliers of each picture, about 32 of 576; here it is the budget's,
     so that shapes are known beforehand. Merging happens in front of the projector where a model projects token by token
     (LLaVA), else behind it.
 
     Attributes:
-        neighbours: tokens that are added to each.
+        neighbours: tokens that are added to each; with 0 nothing is merged at all.
         layer: block of the vision tower; the authors take the last.
     """
 
@@ -49,14 +52,15 @@ class PruMerge(Selector):
 
     @property
     def reads(self) -> tuple[Read, ...]:
-        return Read("attention", self.layer), Read("keys", self.layer), Read("projector")
+        return Read("joined", self.layer), Read("keys", self.layer), Read("projector")
 
     def select_before(self, view: FeatureView) -> Selection:
-        attention = view.attention(self.layer).mean(dim=1)
-        kept = self._choose(attention, view.keep)
+        attention = view.joined_attention(self.layer)
         if not self.neighbours:
-            return Selection(kept, attention)
-        centres = marked_first(kept, view.keep)
+            return Selection(self._choose(attention, view.keep), attention)
+        picks = max(1, view.keep - 1)
+        picked = self._choose(attention, picks)
+        centres = marked_first(picked, picks)
         keys = unit(view.keys(self.layer).flatten(2))
         likeness = gather_tokens(keys, centres, dim=1) @ keys.transpose(1, 2)
         likeness = likeness.scatter(2, centres[..., None], float("-inf"))  # no token is its own neighbour
@@ -64,8 +68,15 @@ class PruMerge(Selector):
         near = likeness.sort(dim=2, descending=True, stable=True).indices[:, :, :count]
         weight = torch.zeros_like(likeness).scatter(2, near, 1.0) * attention[:, None, :]
         tokens, project = view.unprojected()
-        merged = gather_tokens(tokens, centres, dim=1) + weight @ tokens
-        changed = (gather_tokens(tokens, centres, dim=1) != 0).any(dim=2)  # line ends are no tokens of the tower
+        own = gather_tokens(tokens, centres, dim=1)
+        merged, changed = own + weight @ tokens, (own != 0).any(dim=2)  # line ends are no tokens of the tower
+        if picks < view.keep:
+            rest = (attention * ~picked)[:, None, :] @ tokens
+            place = torch.arange(view.count, device=picked.device)
+            place = torch.where(picked, -1, place).amax(dim=1, keepdim=True)
+            centres, merged = torch.cat([centres, place], dim=1), torch.cat([merged, rest], dim=1)
+            changed = torch.nn.functional.pad(changed, (0, 1), value=True)
+        kept = picked.scatter(1, centres, True)
         return Selection(kept, attention, with_merged(view, centres, changed, merged, project))
 
     def _choose(self, attention: Tensor, keep: int) -> Tensor:
@@ -77,7 +88,8 @@ class PruMergePlus(PruMerge):
     """PruMerge of the outliers of the class token's attention and a uniform sample of the others.
 
     Outliers lie above the third quartile by 1.5 times the distance of the quartiles; evenly spaced tokens fill up the
-    budget.
+    budget. The authors' code has no budget: it adds every n-th token of the picture, n a third of all tokens per
+    outlier, so about three for each outlier.
 
     Attributes:
         neighbours: tokens that are added to each.

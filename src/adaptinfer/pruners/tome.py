@@ -6,7 +6,6 @@ import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
 from adaptinfer.errors import UnsupportedError
-from adaptinfer.functional import gather_tokens
 from adaptinfer.pruners.base import Selection
 from adaptinfer.pruners.before import Read, Selector, of_score, unit
 
@@ -22,10 +21,13 @@ __all__ = ["ToMe", "match"]
 class ToMe(Selector):
     """Bipartite soft matching of keys inside a CLIP or SigLIP tower; one token of each group goes on.
 
-    Every block merges about as many. The tower is given the members of a group as so many equal tokens, which is what
-    ToMe's proportional attention computes for one of that size: the same features, without its saving in the tower.
-    Groups form within a picture, so several pictures need a share as the budget. A tower too shallow for a budget
-    leaves more groups, of which the largest go on.
+    Every block merges about as many: tokens at every second place into those between. A class token has the first place
+    and never merges. In the next block those that might have merged and did not stand in front of the others.
+
+    The tower is given the members of a group as so many equal tokens, which is what ToMe's proportional attention
+    computes for one of that size: the same features, without its saving in the tower. Groups form within a picture, so
+    several pictures need a share as the budget. A tower too shallow for a budget leaves more groups, of which the
+    largest go on.
     """
 
     name: ClassVar[str] = "tome"
@@ -48,17 +50,18 @@ class ToMe(Selector):
         return of_score(view.groups()[..., 0], view.keep)
 
 
-def match(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """One step of bipartite soft matching: of the tokens at even places those that resemble one at an odd place most.
+def match(keys: Tensor, count: int, first: int = 0) -> tuple[Tensor, Tensor]:
+    """One step of bipartite soft matching: of the tokens at every second place those that resemble one between most.
 
     Args:
         keys: [n, m, D], the mean over heads.
-        count: how many merge, at most those at even places.
+        count: how many merge, at most those at every second place.
+        first: the first of these places, 0 or 1; 1 behind a class token.
 
     Returns:
         Places of the tokens that merge and of those that they merge into, int64 [n, count] each.
     """
     points = unit(keys)
-    likeness, best = (points[:, ::2] @ points[:, 1::2].transpose(1, 2)).max(dim=2)
+    likeness, best = (points[:, first::2] @ points[:, 1 - first :: 2].transpose(1, 2)).max(dim=2)
     order = likeness.sort(dim=1, descending=True, stable=True).indices[:, :count]
-    return 2 * order, 2 * gather_tokens(best, order, dim=1) + 1
+    return 2 * order + first, 2 * best.gather(1, order) + 1 - first

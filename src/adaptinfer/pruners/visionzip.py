@@ -26,7 +26,8 @@ class VisionZip(Selector):
     the most similar key (cosine, the mean over heads).
 
     Merging happens in front of the projector where a model projects token by token (LLaVA), else behind it. Published
-    budgets count the class token, which has no place in a prompt here: a patch takes it.
+    budgets count the class token, which has no place in a prompt here: a patch takes it. Contextual tokens stay where
+    they stand; the authors' code puts them behind the picture.
 
     Attributes:
         dominant_share: of the budget.

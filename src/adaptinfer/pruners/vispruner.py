@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from adaptinfer.functional import gather_tokens, marked_first
+from adaptinfer.functional import gather_tokens
 from adaptinfer.pruners.base import Selection
-from adaptinfer.pruners.before import Read, Selector, check_setting, split, top, unit
+from adaptinfer.pruners.before import Read, Selector, check_setting, unit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,10 +24,11 @@ class VisPruner(Selector):
     """Tokens that the class token attends to most, and of the others those that are no near-duplicates.
 
     A share of the budget goes by attention, the rest to what is left after near-duplicates have been dropped a few at a
-    time. Similarity is the cosine of projected features.
+    time. Similarity is the cosine of features in front of the projector, where a model projects token by token (LLaVA).
+    Line ends of crops, which the authors' code always keeps beyond the budget, are duplicates of one another here.
 
     Attributes:
-        important_share: of the budget, that goes by attention.
+        important_share: of the budget, that goes by attention; parts of a token are cut off.
         layer: block of the vision tower.
         step: near-duplicates dropped at once.
     """
@@ -46,23 +47,25 @@ class VisPruner(Selector):
 
     @property
     def reads(self) -> tuple[Read, ...]:
-        return (Read("attention", self.layer),)
+        return Read("attention", self.layer), Read("projector")
 
     def select_before(self, view: FeatureView) -> Selection:
         attention = view.attention(self.layer).mean(dim=1)
-        important, diverse = split(view.keep, self.important_share)
-        kept = top(attention, important)
-        rest = marked_first(~kept, view.count - important)
-        features = gather_tokens(view.features, rest, dim=1)
-        distinct = rest.gather(1, without_duplicates(features, diverse, self.step))
-        return Selection(kept.scatter(1, distinct, True), attention)
+        important = int(view.keep * self.important_share)
+        order = attention.sort(dim=1, descending=True, stable=True).indices
+        picked, rest = order[:, :important], order[:, important:]
+        features = torch.cat([unit(view.unprojected()[0]), view.line_ends()[..., None]], dim=2)
+        left = without_duplicates(gather_tokens(features, rest, dim=1), view.keep - important, self.step)
+        kept = torch.zeros_like(attention, dtype=torch.bool)
+        return Selection(kept.scatter(1, torch.cat([picked, rest.gather(1, left)], dim=1), True), attention)
 
 
 def without_duplicates(features: Tensor, count: int, step: int) -> Tensor:
     """Drop near-duplicates until ``count`` tokens are left.
 
     Each round pairs the tokens at even places with those at odd places and drops, of the even ones, the ``step`` whose
-    nearest odd one is most similar; the others keep their order.
+    nearest odd one is most similar. The next round's places: first the other even ones, the most similar first, then
+    the odd ones in their order.
 
     Args:
         features: [B, n, d].
@@ -70,7 +73,7 @@ def without_duplicates(features: Tensor, count: int, step: int) -> Tensor:
         step: most that one round drops.
 
     Returns:
-        int64 [B, count], ascending.
+        int64 [B, count], places among the n, in the order of the last round.
     """
     points = unit(features)
     left = torch.arange(points.shape[1], device=points.device).expand(points.shape[0], -1)
@@ -79,8 +82,6 @@ def without_duplicates(features: Tensor, count: int, step: int) -> Tensor:
             return left[:, :0]  # no other to resemble
         now = gather_tokens(points, left, dim=1)
         likeness = (now[:, ::2] @ now[:, 1::2].transpose(1, 2)).amax(dim=2)
-        dropped = min(step, left.shape[1] - count, likeness.shape[1])
-        gone = torch.zeros_like(left, dtype=torch.bool)
-        gone[:, ::2] = top(likeness, dropped)
-        left = left.gather(1, marked_first(~gone, left.shape[1] - dropped))
+        stay = likeness.sort(dim=1, descending=True, stable=True).indices[:, min(step, left.shape[1] - count) :]
+        left = torch.cat([left[:, ::2].gather(1, stay), left[:, 1::2]], dim=1)
     return left

@@ -17,13 +17,12 @@ from adaptinfer.pruners.before import (
     check_setting,
     nearest,
     rank_within,
-    split,
     tokens_of,
     top,
     with_merged,
 )
 from adaptinfer.pruners.composed import TwoPart
-from adaptinfer.pruners.fastv import FastV
+from adaptinfer.pruners.pyramiddrop import PyramidDrop
 from adaptinfer.schedule import BEFORE, Schedule, Stage, solve
 
 if TYPE_CHECKING:
@@ -44,10 +43,11 @@ class Scans(Selector):
 
     Half of the budget goes to the tokens that the class token attends to most within each window, in an early block of
     the tower, the best of every window before the second-best of any; the other half to the most attended of all the
-    rest in a late block. Every other token joins the kept one that it resembles most (cosine), which becomes the mean.
+    rest in a late block. Every other token joins the kept one that it resembles most (cosine), which becomes the mean,
+    of projected features both. Where windows cannot have equally many, the authors' code keeps fewer tokens.
 
     Attributes:
-        local_share: of the budget, that goes to windows.
+        local_share: of the budget, that goes to windows; parts of a token are cut off.
         window: their height and width in tokens.
         local_layer: block of a tower of 24, or the one at the same depth of another.
         layer: block for the global scan.
@@ -71,13 +71,13 @@ class Scans(Selector):
 
     @property
     def reads(self) -> tuple[Read, ...]:
-        return Read("attention", self.local_layer, _TOWER), Read("attention", self.layer), Read("projector")
+        return Read("attention", self.local_layer, _TOWER), Read("attention", self.layer)
 
     def select_before(self, view: FeatureView) -> Selection:
         windows = _windows(sum(view.need_pictures(self.name), ()), self.window).to(view.features.device)
         early = view.attention(self.local_layer, _TOWER).mean(dim=1)
         late = view.attention(self.layer).mean(dim=1)
-        local, _ = split(view.keep, self.local_share)
+        local = int(view.keep * self.local_share)
         place = rank_within(windows.expand_as(early), early)
         best_first = early.sort(dim=1, descending=True, stable=True).indices
         order = best_first.gather(1, place.gather(1, best_first).sort(dim=1, stable=True).indices)
@@ -85,11 +85,12 @@ class Scans(Selector):
         kept = kept | top(late.masked_fill(kept, float("-inf")), view.keep - local)
         if not self.merge:
             return Selection(kept, late)
-        centres, (tokens, project) = marked_first(kept, view.keep), view.unprojected()
-        joins = nearest(tokens, centres, kept).float()
+        centres, features = marked_first(kept, view.keep), view.features.float()
+        line_ends = view.line_ends()[..., None]
+        joins = nearest(features.masked_fill(line_ends, 0), centres, kept).float()
         count = joins.sum(dim=2, keepdim=True)
-        merged = (gather_tokens(tokens, centres, dim=1) + joins @ tokens) / (count + 1)
-        return Selection(kept, late, with_merged(view, centres, count[..., 0] > 0, merged, project))
+        merged = (gather_tokens(features, centres, dim=1) + joins @ features) / (count + 1)
+        return Selection(kept, late, with_merged(view, centres, count[..., 0] > 0, merged, lambda merged: merged))
 
 
 @functools.lru_cache(maxsize=64)
@@ -108,8 +109,8 @@ def _windows(grids: Grids, size: int) -> Tensor:
 class VScan(TwoPart):
     """A local and a global scan before the language model, and the last token's attention half-way through it.
 
-    `Scans` keep 1.5 times the budget. The attention of the last token, the mean over heads, then keeps as many as make
-    the budget the true average of all layers: half of it, with an even number of layers.
+    `Scans` keep 1.5 times the budget. `PyramidDrop`'s score, the last token's attention in the layer behind the stage,
+    then keeps as many as make the budget the true average of all layers: half of it, with an even number of layers.
 
     Attributes:
         scans: 1.5 as published: what enters the language model, in budgets.
@@ -119,6 +120,7 @@ class VScan(TwoPart):
     name: ClassVar[str] = "vscan"
     reference: ClassVar[str] = "arXiv 2505.22654"
     published = published_schedules({label: {BEFORE: label * 3 // 2, 15: label // 2} for label in (192, 128, 64)})
+    published_positions = "compact"
 
     scans: float = 1.5
     merge: bool = True
@@ -129,7 +131,7 @@ class VScan(TwoPart):
 
     @property
     def parts(self) -> tuple[Any, Pruner]:
-        return Scans(budget=1, merge=self.merge), FastV(budget=1)
+        return Scans(budget=1, merge=self.merge), PyramidDrop(budget=1)
 
     def plan(self, num_layers: int, vision_tokens: int, scoring: Sequence[int] | None = None) -> Schedule:
         if self.budget is None:
