@@ -151,7 +151,7 @@ bfloat16, {training["bytes"] / 1e6:.1f} MB.
 Right answers in percent with 95 % intervals over scenes (paired bootstrap; Wilson's where all are right or wrong), each
 question asked by itself, greedy, {documents["test"]["dtype"]}; follow-ups in conversations, pairs about two pictures.
 Training saw neither split, validation scenes were looked at while it ran. Hard scenes hold small things only.
-`python training/train.py measure`, then `python training/train.py card`.
+`python {_command(documents)}`, then `python training/train.py card`.
 
 {_accuracy(documents)}
 
@@ -179,6 +179,11 @@ scene's:
 - Pictures that are not square are squeezed. Up to {config["turns"]} turns and two pictures were trained.
 - One trained model and one choice of questions: the intervals cover the choice of scenes only.
 """
+
+
+def _command(documents: dict[str, Any]) -> str:
+    """What measures all runs as they were: the command of one of them without its name."""
+    return documents["test"]["command"].replace(" --only test", "")
 
 
 def pruned(documents: dict[str, Any]) -> str:

@@ -172,7 +172,7 @@ class Store(Generic[_Entry]):
                 del self._entries[oldest]
             try:
                 self._entries[key] = make()
-            except Exception:
+            except Exception:  # of whatever kind: it is raised again, and not tried again
                 if len(self._hopeless) >= _MOST_HOPELESS:
                     self._hopeless.clear()
                 self._hopeless.add(key)

@@ -218,16 +218,15 @@ def nearest(tokens: Tensor, centres: Tensor, kept: Tensor) -> Tensor:
     return joins & ~(kept | (points == 0).all(dim=2))[:, None, :]
 
 
-def with_merged(view: FeatureView, centres: Tensor, changed: Tensor, merged: Tensor, project: Any) -> Tensor:
+def with_merged(view: FeatureView, centres: Tensor, changed: Tensor, merged: Tensor) -> Tensor:
     """The features of a row with merged ones at the centres, [B, V, d]; centres that nothing joined stay as they were.
 
     Args:
         view: the row's.
         centres: int64 [B, C].
         changed: bool [B, C], centres that something joined.
-        merged: [B, C, w] in front of the projector.
-        project: the projector, as `FeatureView.unprojected` gives it.
+        merged: [B, C, d] behind the projector.
     """
     features = view.features.float()
-    new = torch.where(changed[..., None], project(merged), gather_tokens(features, centres, dim=1))
+    new = torch.where(changed[..., None], merged, gather_tokens(features, centres, dim=1))
     return features.scatter(1, centres[..., None].expand_as(new), new)

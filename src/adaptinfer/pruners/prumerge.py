@@ -77,7 +77,7 @@ class PruMerge(Selector):
             centres, merged = torch.cat([centres, place], dim=1), torch.cat([merged, rest], dim=1)
             changed = torch.nn.functional.pad(changed, (0, 1), value=True)
         kept = picked.scatter(1, centres, True)
-        return Selection(kept, attention, with_merged(view, centres, changed, merged, project))
+        return Selection(kept, attention, with_merged(view, centres, changed, project(merged)))
 
     def _choose(self, attention: Tensor, keep: int) -> Tensor:
         return top(attention, keep)

@@ -66,4 +66,4 @@ class VisionZip(Selector):
         tokens, project = view.unprojected()
         own, total, count = gather_tokens(tokens, centres, dim=1), joins @ tokens, joins.sum(dim=2, keepdim=True)
         merged = own + total / count.clamp(min=1) if self.merge == "add" else (own + total) / (count + 1)
-        return Selection(kept, attention, with_merged(view, centres, count[..., 0] > 0, merged, project))
+        return Selection(kept, attention, with_merged(view, centres, count[..., 0] > 0, project(merged)))

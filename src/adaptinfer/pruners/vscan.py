@@ -90,7 +90,7 @@ class Scans(Selector):
         joins = nearest(features.masked_fill(line_ends, 0), centres, kept).float()
         count = joins.sum(dim=2, keepdim=True)
         merged = (gather_tokens(features, centres, dim=1) + joins @ features) / (count + 1)
-        return Selection(kept, late, with_merged(view, centres, count[..., 0] > 0, merged, lambda merged: merged))
+        return Selection(kept, late, with_merged(view, centres, count[..., 0] > 0, merged))
 
 
 @functools.lru_cache(maxsize=64)
