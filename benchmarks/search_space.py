@@ -33,7 +33,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "rotary": (True, False),
     "coverage": (0.0, 0.1, 0.25, 0.5),
     "covers": ("hidden", "keys", "even"),
-    "before": (None, "divprune", "coverage", "fastervlm"),
+    "before": (None, "divprune", "coverage", "fastervlm", "cdpruner"),
     "room": (2.0, 1.5, 3.0),
     "shape": tuple(SHAPES),
 }
