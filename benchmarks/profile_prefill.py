@@ -71,7 +71,7 @@ def profile(options: argparse.Namespace) -> dict[str, Any]:
     subject = Subject(options.shape, None, options.dtype, device, "sdpa")
     picture = subject.picture(None)
     early: EarlyDrop = options.early_drop
-    found = variants(["adaptinfer"], options.budgets, [], early, picture.vision_tokens)
+    found = variants(["adaptinfer"], options.budgets, [], early, picture.vision_tokens, subject.shape.num_layers)
     found = [each for each in found if each.pruner is None or each.pruner.budget != picture.vision_tokens]  # keep all
     schedules = check_variants(found, subject.family, subject.shape.num_layers, picture.vision_tokens)
     vocabulary = subject.config.get_text_config().vocab_size

@@ -2,7 +2,7 @@
 
     python benchmarks/steps.py                                            # llava-1b, float32, a true 64
     python benchmarks/steps.py --dtype bfloat16 --json benchmarks/results/NAME.json
-    python benchmarks/steps.py --memory --shape qwen2.5-vl-narrow --image-size 3584 --budget 0.111     # step 7
+    python benchmarks/steps.py --memory --shape qwen2.5-vl-narrow --image-size 3584 --budget 0.25      # step 7
 
 Timed is a pruned `generate` of one new token, and its decoder layers alone. Beside it, on the same prompt:
 

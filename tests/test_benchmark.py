@@ -17,7 +17,7 @@ from graph_stand_in import StandIn
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
-from adaptinfer import AdaptInfer, ModelShape, Schedule, Stage, attach, preset
+from adaptinfer import METHODS, AdaptInfer, ModelShape, Schedule, Stage, attach, preset
 from adaptinfer.benchmark import measure, plot, shapes, subject
 from adaptinfer.benchmark.environment import environment
 from adaptinfer.benchmark.memory import PeakMemory, free_bytes
@@ -186,16 +186,16 @@ def test_a_checkpoint_is_given_its_own_processors_picture():
 
 
 def test_variants_stand_in_a_known_order():
-    found = variants(["adaptinfer", "random"], [24, 16], ["llava-1.5-7b/64"], "both", 64)
+    found = variants(["adaptinfer", "random"], [24, 16], ["llava-1.5-7b/64"], "both", 64, 32)
     assert [variant.name for variant in found] == [
         "vanilla", "keep all", "adaptinfer 24", "adaptinfer 24, late", "adaptinfer 16", "adaptinfer 16, late",
         "random 24", "random 24, late", "random 16", "random 16, late", "llava-1.5-7b/64", "llava-1.5-7b/64, late",
     ]  # fmt: skip
     assert found[-1].pruner.positions == "compact" and not found[-1].early_drop
-    usual = variants(["adaptinfer"], [], [], "on", 576)
+    usual = variants(["adaptinfer"], [], [], "on", 576, 32)
     assert [variant.name for variant in usual[2:]] == ["adaptinfer 192", "adaptinfer 128", "adaptinfer 64"]
-    assert len(variants(["adaptinfer"], [], ["llava-1.5-7b/64"], "on", 576)) == 3  # a preset alone
-    beside = variants(["adaptinfer", "divprune"], [24], [], "on", 64, compiled=True)
+    assert len(variants(["adaptinfer"], [], ["llava-1.5-7b/64"], "on", 576, 32)) == 3  # a preset alone
+    beside = variants(["adaptinfer", "divprune"], [24], [], "on", 64, 32, compiled=True)
     assert [variant.name for variant in beside] == [
         "vanilla", "keep all", "keep all, compiled", "adaptinfer 24", "adaptinfer 24, compiled", "divprune 24",
     ]  # fmt: skip
@@ -228,6 +228,8 @@ def test_variants_stand_in_a_known_order():
         (["--plot", "plot.bmp"], "must end in one of .png, .pdf, .svg"),
         (["--compile"], "--compile: CUDA graphs need a GPU, and the device is cpu"),
         (["--rounds", "0"], "'--rounds'"),
+        (["--seed", str(10**23)], "'--seed'"),
+        (["--json", "one.png", "--plot", "./one.png"], "both name 'one.png'; give two files"),
         (["--dtype", "int8"], "'--dtype'"),
         (["--model", "/no/such/checkpoint"], "no such folder"),
     ],
@@ -242,6 +244,44 @@ def test_mistakes_are_refused_in_one_line_before_any_work(arguments, message, mo
     assert result.exit_code == 2, result.output
     assert result.stdout == "" and len(result.stderr.strip().splitlines()) == 1
     assert result.stderr.startswith("error:") and message in result.stderr
+
+
+def test_usual_budgets_are_those_that_the_depth_allows():
+    names = [variant.name for variant in variants(["adaptinfer"], [], [], "on", 1296, 8)]
+    assert names == ["vanilla", "keep all", "adaptinfer 432", "adaptinfer 288"]  # layer 0 alone makes 162
+
+
+def test_a_schedules_file_cannot_take_the_name_of_the_baseline():
+    schedule = Schedule((Stage(1, 0.5),), 4)
+    with pytest.raises(InputError, match="'vanilla' would be the name of two variants"):
+        variants(["adaptinfer"], [24], [], "on", 64, 4, [("vanilla", schedule)])
+    assert len(variants(["adaptinfer"], [24, 24], [], "on", 64, 4, [("s.json", schedule)] * 2)) == 4
+
+
+@pytest.mark.parametrize(
+    ("method", "parts"),
+    [("divprune", {"select_before"}), ("vscan", {"select_before", "select"}), ("adaptinfer", {"select"})],
+)
+def test_the_scorer_is_all_that_a_method_does(method, parts, monkeypatch):
+    """A method that chooses before the model was shown as free of charge."""
+    model = shapes.build("tiny", "float32", "cpu")
+    made = prompt(picture_for(model.config), 100, 5, 9, 1, "cpu", "float32")
+    pruner, calls = METHODS[method](budget=24), []
+
+    def slow(name):
+        own = getattr(type(pruner), name)
+
+        def slowly(*args):
+            calls.append(name)
+            time.sleep(0.02)
+            return own(*args)
+
+        return slowly
+
+    for name in parts:
+        monkeypatch.setattr(type(pruner), name, slow(name))
+    figures = measure.Bench(model, made, "cpu").scorer(Variant(method, pruner))
+    assert set(calls) == parts and figures["scorer_ms"] >= 20 * len(calls)
 
 
 def test_too_little_memory_is_refused(monkeypatch):
@@ -349,6 +389,12 @@ def test_tables_and_plot_are_there(run):
         assert text in result.stdout
     assert max(map(len, result.stdout.split("Medians,")[0].splitlines())) <= 100
     assert (folder / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_full_disk_does_not_cost_the_figures():
+    result = _invoke(*FAST, "--rounds", "1", "--budget", "24", "--new-tokens", "0", "--json", "/dev/full")
+    assert result.exit_code == 2 and "adaptinfer 24" in result.stdout
+    assert "cannot be written (No space left on device)" in result.stderr
 
 
 def test_a_published_claim_stands_by_itself(tmp_path, capsys, run):

@@ -432,12 +432,23 @@ def test_no_cuda_device_is_said_once(models):
         compiled.remove()
 
 
+def test_removing_what_was_replaced_changes_nothing(models):
+    model, inputs = models("llava"), single("llava")
+    with attach(model, AdaptInfer(schedule=STAGES)) as handle:
+        first = stand_in(handle)
+        second = stand_in(handle)
+        first.remove()
+        with no_warnings():
+            answer(model, inputs)
+        assert len(second) and not len(first)
+
+
 def test_nothing_to_compile(models):
     with pytest.raises(AdaptInferError, match="no pruner is attached"):
         adaptinfer.compile(models("llava"))
     with attach(models("llava"), Random(budget=0.3)):
         for wrong in ({"max_graphs": 0}, {"bucket": 0}):
-            with pytest.raises(InputError, match=f"{next(iter(wrong))}: must be at least 1, not 0"):
+            with pytest.raises(InputError, match=f"{next(iter(wrong))}: must be a whole number from 1, not 0"):
                 adaptinfer.compile(models("llava"), **wrong)
 
 

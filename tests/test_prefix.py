@@ -55,6 +55,46 @@ def test_the_same_answer(name, pruned, samples):
             assert all(torch.equal(*pair) for pair in zip(handle.report.kept[-1], kept[-1], strict=True))
 
 
+@pytest.mark.parametrize("pruned", [False, True], ids=["vanilla", "pruned"])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_beams(pruned, samples):
+    model = tiny.llava()
+    inputs = alike("llava", samples)
+    if pruned:
+        attach(model, AdaptInfer(budget=0.7))
+    options = {**OPTIONS, "num_beams": 3, "num_return_sequences": 3}
+    found = model.generate(**inputs, **options)
+    again = model.generate(**inputs, **options, past_key_values=PrefixCache(model).start(inputs, copies=3))
+    assert torch.equal(again, found)
+
+
+def test_changed_weights():
+    """After a cast the prefix is computed anew by itself, after a change in place by `clear`."""
+    model = tiny.llava()
+    inputs, prefixes = alike("llava"), PrefixCache(model)
+    prefixes.start(inputs)
+    model.double()
+    assert prefixes.start(inputs).layers[0].keys.dtype == torch.float64
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)
+    prefixes.clear()
+    assert prefixes.tokens == 0
+    assert torch.equal(prefixes.start(inputs).layers[0].keys, PrefixCache(model).start(inputs).layers[0].keys)
+
+
+def test_what_cannot_be_meant():
+    model = tiny.llava()
+    prefixes = PrefixCache(model)
+    for wrong in (0, 1.5, "2", True):
+        with pytest.raises(InputError, match="max_tokens: must be a whole number from 1"):
+            PrefixCache(model, wrong)
+        with pytest.raises(InputError, match="copies: must be a whole number from 1"):
+            prefixes.start(alike("llava"), copies=wrong)
+    with pytest.raises(InputError, match="no input_ids"):
+        prefixes.start({})
+
+
 def test_another_beginning_is_another_entry_and_the_oldest_goes():
     model = tiny.llava()
     prefixes = PrefixCache(model, max_tokens=2 * BEFORE)
@@ -121,7 +161,7 @@ def test_threads_share_it():
 
 
 def test_refusals():
-    with pytest.raises(InputError, match="max_tokens: must be at least 1"):
+    with pytest.raises(InputError, match="max_tokens: must be a whole number from 1"):
         PrefixCache(tiny.llava(), max_tokens=0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
     with pytest.raises(UnsupportedError, match="llama is not a vision-language model"):

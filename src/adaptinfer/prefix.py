@@ -29,14 +29,15 @@ class PrefixCache:
         prefixes = adaptinfer.PrefixCache(model)
         out = model.generate(**inputs, past_key_values=prefixes.start(inputs))
 
-    Works with and without a pruner; pruning begins behind the prefix. Threads may share one.
+    Works with and without a pruner; pruning begins behind the prefix. Threads may share one. What is kept belongs to
+    the weights that computed it: after changing them in place, or adding an adapter, call `clear`.
 
     Args:
         model: the model that generates.
         max_tokens: prefix tokens kept over all entries; the entries used longest ago go first.
 
     Raises:
-        InputError: ``max_tokens`` is below 1.
+        InputError: ``max_tokens`` is no whole number from 1.
         UnsupportedError: the model is none whose vision tokens stand among the text, or its prompts are read in both
             directions.
     """
@@ -44,8 +45,7 @@ class PrefixCache:
     def __init__(self, model: Any, max_tokens: int = 4096) -> None:
         from adaptinfer.engine.families import placeholders_of
 
-        if max_tokens < 1:
-            raise InputError(f"max_tokens: must be at least 1, not {max_tokens}")
+        _check_whole("max_tokens", max_tokens)
         if model.config.model_type in _BOTH_DIRECTIONS:
             raise UnsupportedError(
                 f"{model.config.model_type} reads its prompt in both directions: what stands before an image depends "
@@ -55,6 +55,7 @@ class PrefixCache:
         self._placeholders = torch.tensor(placeholders_of(model.config))
         self._max_tokens = max_tokens
         self._entries: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self._place = self._place_now()
         self._lock = threading.Lock()
 
     @property
@@ -62,34 +63,56 @@ class PrefixCache:
         """Prefix tokens held."""
         return sum(map(len, self._entries))
 
+    def clear(self) -> None:
+        """Forget all prefixes; they are computed again as prompts come."""
+        with self._lock:
+            self._entries.clear()
+
     @torch.no_grad()
-    def start(self, inputs: Any) -> Any:
+    def start(self, inputs: Any, copies: int = 1) -> Any:
         """A cache that holds the prompt's tokens before its first image, to be passed to `generate`.
 
         Args:
             inputs: what `generate` is called with; ``input_ids`` [B, N] and, if there is padding, ``attention_mask``.
+            copies: rows that `generate` makes of each sample: ``num_beams`` in a beam search, ``num_return_sequences``
+                when sampling.
 
         Returns:
             A fresh DynamicCache of the request's own. It is empty where there is nothing to reuse: an image stands
             first, the prompt has no image, samples begin differently or with padding, or the prefix is longer than
             ``max_tokens``.
+
+        Raises:
+            InputError: no ``input_ids``, or ``copies`` is no whole number from 1.
         """
         from transformers import DynamicCache
 
+        _check_whole("copies", copies)
+        if "input_ids" not in inputs:
+            raise InputError("inputs: there are no input_ids; give what the processor made")
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         prefix = self._shared_prefix(ids, mask)
         if not 0 < len(prefix) <= self._max_tokens:
             return DynamicCache(config=self._model.config.get_text_config())
         with self._lock:
+            place = self._place_now()
+            if place != self._place:  # the model was moved, or cast: keys of before do not fit
+                self._entries.clear()
+                self._place = place
             if prefix not in self._entries:
                 self._entries[prefix] = self._computed(ids[:1, : len(prefix)])
                 while self.tokens > self._max_tokens:
                     self._entries.popitem(last=False)
             self._entries.move_to_end(prefix)
             cache = copy.deepcopy(self._entries[prefix])
-        if ids.shape[0] > 1:
-            cache.reorder_cache(torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device))
+        rows = ids.shape[0] * copies
+        if rows > 1:
+            cache.reorder_cache(torch.zeros(rows, dtype=torch.long, device=ids.device))
         return cache
+
+    def _place_now(self) -> tuple[Any, Any]:
+        weight = next(self._model.parameters())
+        return weight.device, weight.dtype
 
     def _shared_prefix(self, ids: Tensor, mask: Tensor | None) -> tuple[int, ...]:
         vision = torch.isin(ids, self._placeholders.to(ids.device))
@@ -104,3 +127,8 @@ class PrefixCache:
 
         with disabled(self._model) if is_attached(self._model) else nullcontext():
             return self._model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def _check_whole(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name}: must be a whole number from 1, not {value!r}")

@@ -57,7 +57,8 @@ def _bench(
             "--budget",
             metavar="TOKENS",
             help="True average of vision tokens a layer gets, or below 1 a share of them; may be given several times. "
-            "Taken when neither this nor a preset is given: 192, 128 and 64 of 576, in proportion.",
+            "Taken when neither this nor a preset is given: 192, 128 and 64 of 576, in proportion, as far as the model "
+            "has layers enough to meet them.",
             show_default=False,
         ),
     ] = None,
@@ -134,7 +135,7 @@ def _bench(
     ] = "auto",
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Measured rounds; each runs every variant.")] = 7,
     warmup: Annotated[int, typer.Option(min=0, metavar="N", help="Rounds before them that do not count.")] = 1,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of random weights and text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Of random weights and text.")] = 0,
     as_json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write every raw value and how it was measured.")
     ] = None,
@@ -154,6 +155,8 @@ def _bench(
     shape = "llava-1b" if model is None and shape is None else shape
     _check_file("--json", as_json, None)
     _check_file("--plot", plot, PLOT_SUFFIXES)
+    if as_json is not None and plot is not None and as_json.resolve() == plot.resolve():
+        raise InputError(f"--json and --plot: both name {str(plot)!r}; give two files")
     batch_sizes, counts = sorted({*(batches or [1])}), sorted({*([1, 32] if new_tokens is None else new_tokens)} - {0})
 
     from adaptinfer.cli import _progress, _quieten
@@ -179,7 +182,14 @@ def _bench(
         picture = subject.picture(image_size)
         vision = picture.vision_tokens
         found = variants(
-            methods or ["adaptinfer"], budgets or [], presets or [], early_drop, vision, from_files, compiled
+            methods or ["adaptinfer"],
+            budgets or [],
+            presets or [],
+            early_drop,
+            vision,
+            subject.shape.num_layers,
+            from_files,
+            compiled,
         )
         schedules = check_variants(found, subject.family, subject.shape.num_layers, vision)
         vocabulary = subject.config.get_text_config().vocab_size
@@ -222,15 +232,14 @@ def _bench(
             "published": published_figures(found),
             "batches": measured,
         }
-        if as_json is not None:
-            try:
-                write_whole(as_json, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
-            except OSError as error:
-                raise InputError(f"--json {str(as_json)!r}: cannot be written ({error.strerror})") from None
-        if plot is not None:
-            progress("drawing")
-            draw(document, plot)
-    print_results(document)
+    print_results(document)  # first: a disk that is full must not cost the run
+    if as_json is not None:
+        try:
+            write_whole(as_json, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+        except OSError as error:
+            raise InputError(f"--json {str(as_json)!r}: cannot be written ({error.strerror})") from None
+    if plot is not None:
+        draw(document, plot)
     for label, path in (("results", as_json), ("plot", plot)):
         if path is not None:
             typer.echo(f"{label}: {path}")

@@ -13,7 +13,8 @@ A pass yields figures by name:
 - ``generate_ms/n``: from the call of ``generate`` to its n-th new token, in one pass for all n; on a GPU the tokens are
   events in the stream.
 - ``decode_ms_per_token/n``: of the same pass, the mean over the tokens from the second to the n-th.
-- ``scorer_ms``: in passes of their own, the time inside ``pruner.score``, summed over stages.
+- ``scorer_ms``: in passes of their own, the time inside the method: ``pruner.select`` summed over stages, and
+  ``pruner.select_before`` of methods that choose before the language model.
 
 What does not depend on the clock is taken from one more pass: counts of tokens, FLOPs, bytes of the cache's own
 tensors, and peak memory up to the first token (`memory.PeakMemory`).
@@ -100,17 +101,22 @@ class Bench:
         return figures
 
     def scorer(self, variant: Variant) -> Figures:
-        """``scorer_ms`` of one pass: the pruner's ``select`` is wrapped in two marks."""
+        """``scorer_ms`` of one pass: what the pruner does itself is wrapped in two marks."""
         spans: list[tuple[Mark, Mark]] = []
         timed: Any = copy.copy(variant.pruner)
 
-        def select(view: Any, keeps: tuple[int, ...]) -> Any:
-            start = self.clock.mark()
-            selection = variant.pruner.select(view, keeps)  # pyright: ignore[reportOptionalMemberAccess]
-            spans.append((start, self.clock.mark()))
-            return selection
+        def wrapped(choose: Callable[..., Any]) -> Callable[..., Any]:
+            def between_marks(*args: Any) -> Any:
+                start = self.clock.mark()
+                selection = choose(*args)
+                spans.append((start, self.clock.mark()))
+                return selection
 
-        object.__setattr__(timed, "select", select)  # the dataclass is frozen
+            return between_marks
+
+        for name in ("select", "select_before"):
+            if hasattr(timed, name):
+                object.__setattr__(timed, name, wrapped(getattr(variant.pruner, name)))  # the dataclass is frozen
         with self.attached(variant, timed):
             self.first_token()
         self.clock.synchronise()

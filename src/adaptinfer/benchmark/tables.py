@@ -17,7 +17,7 @@ _DEFINITIONS = (
     "processor-ready inputs to first token (vision tower, prefill, lm_head, argmax). Decoder prefill: first to last "
     "decoder layer{clock}. FLOPs bound: vanilla's over the variant's, and the share of it that was reached. Roofline: "
     "layer by layer the larger of matrix work at {rate} TFLOP/s and reading weights at {bandwidth} GB/s, both measured "
-    "here, as a share of the time taken. Scorer: time inside the method's score, of vanilla's decoder prefill."
+    "here, as a share of the time taken. Scorer: time inside the method, of vanilla's decoder prefill."
 )
 
 

@@ -62,6 +62,7 @@ def variants(
     presets: Sequence[str],
     early_drop: EarlyDrop,
     vision_tokens: int,
+    num_layers: int,
     schedules: Sequence[tuple[str, Schedule]] = (),
     compiled: bool = False,
 ) -> list[Variant]:
@@ -70,20 +71,23 @@ def variants(
     Args:
         methods: names in `METHODS`.
         budgets: true averages in tokens, or below 1 as shares. None at all: a third, two ninths and a ninth of the
-            vision tokens (192, 128 and 64 of 576), unless there are presets or schedules.
+            vision tokens (192, 128 and 64 of 576), unless there are presets or schedules; those that layer 0 of a
+            shallow model exceeds by itself are left out.
         presets: names in `PRESETS`; AdaptInfer with the published schedule and positions.
         early_drop: ``"both"`` puts every pruned variant beside itself without early drop.
         vision_tokens: in the prompt.
+        num_layers: of the decoder.
         schedules: by the names of their files; AdaptInfer with these stages.
         compiled: put every attached variant beside itself in CUDA graphs; not those that select before the model.
 
     Raises:
         PrunerError: a budget that is no positive number.
+        InputError: two different variants have one name.
     """
     from adaptinfer.pruners import METHODS, AdaptInfer
 
     if not budgets and not presets and not schedules:
-        budgets = [max(1, round(share * vision_tokens)) for share in _USUAL_SHARES]
+        budgets = [max(1, round(share * vision_tokens)) for share in _USUAL_SHARES if share * num_layers > 1]
     pruned: list[tuple[str, Pruner, str | None]] = [
         (f"{method} {budget:g}", METHODS[method](budget=budget), None) for method in methods for budget in budgets
     ]
@@ -102,7 +106,11 @@ def variants(
             found.append(Variant(name, pruner, True, published))
         if early_drop in ("off", "both"):
             found.append(Variant(f"{name}, late", pruner, False, published))
-    found = list({variant.name: variant for variant in found}.values())
+    by_name: dict[str, Variant] = {}
+    for variant in found:
+        if by_name.setdefault(variant.name, variant) != variant:
+            raise InputError(f"{variant.name!r} would be the name of two variants; rename the schedule's file")
+    found = list(by_name.values())
     if not compiled:
         return found
     beside = [[variant, replace(variant, name=f"{variant.name}, compiled", compiled=True)] for variant in found[1:]]

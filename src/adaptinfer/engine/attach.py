@@ -307,12 +307,17 @@ class Handle:
         parts = (self, self._family, self.pruner, 0, length, length, layout, stages, self.early_drop, self._ranks)
         return kind(*parts, False)
 
-    def compile_with(self, compiled: Compiled | None) -> None:
-        """Run the decoder through captured graphs from now on; None: no longer."""
+    def uncompile(self, compiled: Compiled) -> None:
+        """Run the decoder through these captured graphs no longer; others stay in use."""
+        if self._compiled is compiled:
+            self._compiled = None
+
+    def compile_with(self, compiled: Compiled) -> None:
+        """Run the decoder through captured graphs from now on."""
         before, self._compiled = self._compiled, compiled
         if before is not None:
             before.clear()
-        if compiled is not None and not self._has_graphs:
+        if not self._has_graphs:
             self._has_graphs = True
             self._override(self._decoder, "forward", self._through_graphs(self._decoder.forward))
 

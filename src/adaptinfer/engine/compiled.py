@@ -68,8 +68,8 @@ class Compiled:
         self, handle: Handle, graphs: Graphs | None, device: torch.device, max_graphs: int, bucket: int
     ) -> None:
         for name, value in (("max_graphs", max_graphs), ("bucket", bucket)):
-            if value < 1:
-                raise InputError(f"{name}: must be at least 1, not {value}")
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name}: must be a whole number from 1, not {value!r}")
         self._handle, self._device, self._bucket = handle, device, bucket
         self._store: Store[Any] = Store(max_graphs, lambda: self._graphs.wait())
         self._said: set[str] = set()
@@ -100,7 +100,7 @@ class Compiled:
 
     def remove(self) -> None:
         """Run the model uncompiled again, and drop all graphs. Doing it twice is harmless."""
-        self._handle.compile_with(None)
+        self._handle.uncompile(self)
         self.clear()
 
     # -- in place of the decoder's forward --------------------------------------------------------------------------
