@@ -145,7 +145,7 @@ PRESETS: dict[str, Config] = {
         easy=((1900, 16), (2400, 64)),
         held_out=200,
         evaluate_every=100,
-        practice=Practice(steps=4400, drilled=3200, easy=((3300, 16), (3900, 64))),
+        practice=Practice(steps=3600, drilled=2700, easy=((2700, 16), (3200, 64))),
     ),
     # Under half an hour on one data-centre GPU.
     "full": Config(
