@@ -1,8 +1,9 @@
-"""The tables of docs/performance.md, from the committed results of `profile_prefill.py` and `steps.py`.
+"""The tables of docs/performance.md and the README's of speed, from committed results.
 
     python benchmarks/performance_tables.py
 
-prints all of them, to be pasted; `tests/test_profile.py` holds the page to them.
+prints all of them, to be pasted: those of `profile_prefill.py` and `steps.py` into the page, that of `adaptinfer bench`
+into the README. `tests/test_profile.py` and `tests/test_readme.py` hold both to them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from adaptinfer.benchmark.watch import IN_LAYERS, PARTS
 
 COMMITTED = Path(__file__).parent / "results"
+SPEED = ("bench_llava-1b_float32_cpu.json", "bench_llava-1b_bfloat16_cpu.json")
 
 
 def committed(folder: Path = COMMITTED) -> Iterator[tuple[Path, list[str]]]:
@@ -22,6 +24,33 @@ def committed(folder: Path = COMMITTED) -> Iterator[tuple[Path, list[str]]]:
     for kind, lines in (("profile", profile_lines), ("steps", steps_lines), ("memory", memory_lines)):
         for path in sorted(folder.glob(f"{kind}_*.json")):
             yield path, lines(json.loads(path.read_text(encoding="utf-8")))
+
+
+def speed_lines(folder: Path = COMMITTED) -> list[str]:
+    """A row per variant of each run of `adaptinfer bench`."""
+    speed = ("median ms", "min–max ms", "speed-up", "FLOPs bound", "share of the bound")
+    names = ("true average of 576", *speed, "TTFT", "scorer")
+    lines = [_row("dtype", *names), _row("---", *["---:"] * len(names))]
+    for name in SPEED:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        (batch,) = content["batches"]
+        for variant in batch["variants"]:
+            prefill, scorer = variant["summary"]["decoder_prefill_ms"], variant["scorer_share_of_vanilla_prefill"]
+            whole = variant["name"] if variant["name"] in ("vanilla", "keep all") else ""
+            lines.append(
+                _row(
+                    content["setup"]["dtype"],
+                    whole or f"{variant['true_average']:.1f}",
+                    f"{prefill['median']:.0f}",
+                    f"{prefill['least']:.0f}–{prefill['most']:.0f}",
+                    f"{variant['speed_up']['decoder_prefill_ms']['median']:.2f}×",
+                    f"{variant['flops_bound']:.2f}×",
+                    f"{variant['share_of_flops_bound']:.0%}",
+                    f"{variant['speed_up']['ttft_ms']['median']:.2f}×",
+                    "" if scorer is None else f"{scorer:.2%}",
+                )
+            )
+    return lines
 
 
 def profile_lines(content: dict[str, Any]) -> list[str]:
@@ -82,5 +111,6 @@ def _row(*cells: str) -> str:
 
 
 if __name__ == "__main__":
+    print(*speed_lines(), "", sep="\n")
     for path, lines in committed():
         print(f"`benchmarks/results/{path.name}`:", *lines, "", sep="\n")
