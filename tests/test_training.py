@@ -1,4 +1,4 @@
-"""The training script, at toy size: both phases learn, a run in pieces is the run in one go, the export loads."""
+"""The training script, at toy size: all phases learn, a run in pieces is the run in one go, the export loads."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from adaptinfer.embedded.world.render import render
 from adaptinfer.embedded.world.scene import Chance, sample_scene
+from adaptinfer.embedded.world.wordings import PLURALS
 from adaptinfer.evaluation.world import WorldTask
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
@@ -22,15 +23,23 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 import card
 import measure
 import train  # pyright: ignore
-from config import PRESETS
+from config import PRESETS, Practice
 from data import IGNORED, PAIR, SINGLE, TARGETS, Lessons, patch_labels
-from language import train_language
-from lessons import describe_all, roll_call
+from language import practise, train_language
+from lessons import describe_all, drill, hops, muster, roll_call, tally
 from llava import build_tokenizer
 from tower import train_tower
 
 ROOT = Path(__file__).parent.parent
-TOY = dataclasses.replace(PRESETS["toy"], tower_steps=6, align_steps=2, steps=4, evaluate_every=2, held_out=4)
+TOY = dataclasses.replace(
+    PRESETS["toy"],
+    tower_steps=6,
+    align_steps=2,
+    steps=4,
+    evaluate_every=2,
+    held_out=4,
+    practice=Practice(steps=4, drilled=3, easy=((2, 24),)),
+)
 EVENLY = dict.fromkeys((*SINGLE, PAIR), 1.0)
 
 
@@ -38,23 +47,25 @@ EVENLY = dict.fromkeys((*SINGLE, PAIR), 1.0)
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The folders of one run in one go, and of the same in pieces that end at every save."""
     whole, pieces = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("pieces")
-    assert train_tower(TOY, whole, 99) and train_language(TOY, whole, 99)
+    assert train_tower(TOY, whole, 99) and train_language(TOY, whole, 99) and practise(TOY, whole, 99)
     calls = 1
     while not train_tower(TOY, pieces, 0):
         calls += 1
     while not train_language(TOY, pieces, 0):
         calls += 1
-    assert calls > 4
+    while not practise(TOY, pieces, 0):
+        calls += 1
+    assert calls > 5
     return whole, pieces
 
 
 def test_a_run_in_pieces_is_the_run_in_one_go(trained):
-    for name in ("tower.pt", "language.pt"):
+    for name in ("tower.pt", "language.pt", "practice.pt"):
         whole, pieces = (torch.load(folder / name, weights_only=True) for folder in trained)
         assert whole["step"] == pieces["step"]
         _same(whole["muon"], pieces["muon"])
         _same(whole["adamw"], pieces["adamw"])
-        part = "model" if name == "language.pt" else "tower"
+        part = "tower" if name == "tower.pt" else "model"
         _same(whole[part], pieces[part])
 
 
@@ -74,9 +85,10 @@ def _same(one: Any, other: Any) -> None:
 
 
 def test_logs_tell_of_every_kind(trained):
-    rows = [json.loads(line) for line in (trained[0] / "language.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 4]
-    assert set(rows[-1]["later"]) <= {*SINGLE, "follow_up"} and set(rows[-1]["pairs"]) == {PAIR}
+    for name in ("language", "practice"):
+        rows = [json.loads(line) for line in (trained[0] / f"{name}.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [2, 4]
+        assert set(rows[-1]["later"]) <= {*SINGLE, "follow_up"} and set(rows[-1]["pairs"]) == {PAIR}
     train.draw_curves(rows, trained[0] / "curve.png")
     assert (trained[0] / "curve.png").stat().st_size > 1000
 
@@ -86,12 +98,42 @@ def test_the_export_loads_and_answers(trained, tmp_path, monkeypatch):
     train.export("toy", trained[0], tmp_path)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(tmp_path)
-    weights = torch.load(trained[0] / "language.pt", weights_only=True)["model"]
+    weights = torch.load(trained[0] / "practice.pt", weights_only=True)["model"]
     for name, parameter in model.state_dict().items():
         assert torch.equal(parameter, weights[name].bfloat16().float()), name
     inputs = processor(text="USER: <image>\nWhere is it? ASSISTANT:", images=_picture(), return_tensors="pt")
     assert (inputs["input_ids"] == processor.image_token_id).sum() == TOY.tokens
     assert model.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+def test_practice_goes_on_from_an_export(trained, tmp_path, monkeypatch):
+    """It starts at the exported weights, tower included: at a rate of zero it exports the same."""
+    short = dataclasses.replace(TOY, practice=Practice(steps=1, drilled=0, easy=(), rate=0.0, muon_rate=0.0))
+    monkeypatch.setitem(PRESETS, "toy", short)
+    train.export("toy", trained[0], tmp_path / "first")
+    (tmp_path / "run").mkdir()
+    assert practise(short, tmp_path / "run", 99, start=tmp_path / "first")
+    train.export("toy", tmp_path / "run", tmp_path / "second")
+    one, other = (AutoModelForImageTextToText.from_pretrained(tmp_path / name) for name in ("first", "second"))
+    _same(dict(one.state_dict()), dict(other.state_dict()))
+    with pytest.raises(train.typer.BadParameter, match="give --start"):
+        train.practice("toy", tmp_path / "nothing")
+    with pytest.raises(train.typer.BadParameter, match="nothing to export"):
+        train.export("toy", tmp_path / "nothing", tmp_path / "third")
+
+
+def test_the_record_keeps_the_phases_before(trained, tmp_path):
+    """A run that went on from an export has no logs of what came before; its card still tells of it."""
+    train.export("toy", trained[0], tmp_path / "model")
+    card.record("toy", TOY, trained[0], tmp_path / "model", tmp_path)
+    whole = json.loads((tmp_path / "training.json").read_text())
+    assert [*whole["phases"]] == ["tower", "language", "practice"]
+    assert [row["step"] for row in whole["curve"]] == [2, 4, 6, 8]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "practice.jsonl").write_text((trained[0] / "practice.jsonl").read_text())
+    card.record("toy", TOY, tmp_path / "run", tmp_path / "model", tmp_path)
+    again = json.loads((tmp_path / "training.json").read_text())
+    assert (again["phases"], again["curve"]) == (whole["phases"], whole["curve"])
 
 
 def _picture() -> Any:
@@ -128,6 +170,53 @@ def test_descriptions_say_all_that_is_there_and_roll_calls_the_truth(seed):
         named = {question.text.split()[-1], question.text.split()[-2]} - {"a", "an", "thing", "object"}
         there = any(named <= {thing.shape, thing.colour} for thing in scene.things)
         assert question.answer == ("yes" if there else "no"), question
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_drills_tell_the_truth(seed):
+    scene = sample_scene(seed, 16, hard=seed % 3 == 2)
+    chance = Chance("test", seed)
+    things = scene.things
+
+    def fitting(words: str) -> list[Any]:
+        """The things that a phrase fits; "with the letter A", "that says cat" are told by the text."""
+        named = set(words.split()) - {"with", "the", "letter", "number", "that", "says", "thing", "object"}
+        return [t for t in things if named <= {t.shape, t.colour, t.pattern, t.size, t.text}]
+
+    for _ in range(4):
+        for entry in tally(scene, chance).answer.split(" , "):
+            words, count = entry.rsplit(" ", 1)
+            assert len(fitting(words)) == int(count), entry
+    for question in muster(scene, chance):
+        value = question.text.split()[2]
+        value = next((one for one, many in PLURALS.items() if many == value), value)
+        group = [t for t in things if value in (t.shape, t.colour)]
+        if question.text.endswith("shapes"):
+            group = [t for t in things if value in (t.pattern, t.size) and t.shape != "sign"]
+        said = [{t.colour, t.shape} - {value} for t in group]
+        assert [set(entry.split()) for entry in question.answer.split(" , ")] == said, question
+    tokenizer = build_tokenizer()
+    for question in (hops(scene, chance), *drill(scene, chance)):
+        assert tokenizer.unk_token_id not in tokenizer(f"{question.text} {question.answer}")["input_ids"]
+        assert question.answer or question.text == "name the other things"
+    for entry in filter(None, hops(scene, chance).answer.split(" , ")):
+        words = entry.split()
+        if "same" in words:
+            at = words.index("same")
+            (start,), link, end = fitting(" ".join(words[:at])), words[at + 1], words[at + 2 :]
+            others = [t for t in things if t is not start and getattr(t, link) == getattr(start, link)]
+            assert len(others) == 1 and set(end) <= {others[0].colour, others[0].shape}, entry
+        else:
+            at = next(i for i, word in enumerate(words) if word in ("left", "right", "above", "below"))
+            (start,), side = fitting(" ".join(words[:at])), words[at]
+            right, down = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}[side]
+            beside = [
+                t
+                for t in things
+                if {t.colour, t.shape} == set(words[at + 1 :])
+                and 1 <= right * (t.x - start.x) + down * (t.y - start.y) <= 3
+            ]
+            assert beside, entry
 
 
 def test_labels_name_the_middle_of_each_thing():

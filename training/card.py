@@ -52,28 +52,37 @@ def read(results: Path) -> dict[str, Any]:
 
 
 def record(preset: str, config: Config, run: Path, checkpoint: Path, results: Path) -> None:
-    """Write what the card tells of a training run: its settings, time and validation curve."""
-    logs = {
-        name: [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("tower", "language")
-    }
+    """Write what the card tells of a training run: its settings, times and validation curve.
+
+    Phases that the run's folder has no log of, because it went on from an exported checkpoint, stay as they are
+    recorded already.
+    """
+    file = results / "training.json"
+    recorded = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"phases": {}, "curve": []}
+    phases, curves = {}, {"language": [row for row in recorded["curve"] if "phase" not in row]}
+    for name, batch in {"tower": config.tower_batch, "language": config.batch, "practice": config.batch}.items():
+        log = run / f"{name}.jsonl"
+        if log.exists():
+            rows = [json.loads(line) for line in log.read_text().splitlines()]
+            phases[name] = {"steps": rows[-1]["step"], "batch": batch, "seconds": rows[-1]["seconds"]}
+            curves[name] = rows
+        elif name in recorded["phases"]:
+            phases[name] = recorded["phases"][name]
+    before = curves["language"][-1]["step"] if curves["language"] else 0
+    practised = [{**row, "step": before + row["step"], "phase": "practice"} for row in curves.get("practice", ())]
     weights = list(checkpoint.glob("*.safetensors"))
-    batches = {"tower": config.tower_batch, "language": config.batch}
     document = {
         "preset": preset,
         "config": dataclasses.asdict(config),
         "environment": environment(),
-        "parameters": sum(math.prod(shape) for file in weights for shape in _shapes(file)),
+        "parameters": sum(math.prod(shape) for part in weights for shape in _shapes(part)),
         "vocabulary": len(json.loads((checkpoint / "tokenizer.json").read_text())["model"]["vocab"]),
-        "bytes": sum(file.stat().st_size for file in weights),
-        "phases": {
-            name: {"steps": rows[-1]["step"], "batch": batches[name], "seconds": rows[-1]["seconds"]}
-            for name, rows in logs.items()
-        },
-        "curve": logs["language"],
+        "bytes": sum(part.stat().st_size for part in weights),
+        "phases": phases,
+        "curve": curves["language"] + practised,
     }
     results.mkdir(parents=True, exist_ok=True)
-    (results / "training.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def _shapes(file: Path) -> list[tuple[int, ...]]:

@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Practice:
+    """Phase 3: more steps, at lower rates, of what phase 2 leaves half learnt.
+
+    Attributes:
+        steps, easy, rate, muon_rate, decay: as of :class:`Config`.
+        drilled: until this step some conversations are dense drills, :func:`lessons.drill`.
+    """
+
+    steps: int
+    drilled: int
+    easy: tuple[tuple[int, int], ...]
+    rate: float = 5e-4
+    muon_rate: float = 1e-3
+    decay: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -29,6 +46,8 @@ class Config:
         muon_rate: Muon's, for the decoder layers' matrices.
         decay: the share of the steps, at the end, over which the learning rates fall to zero.
         evaluate_every: steps between two looks at ``held_out`` validation scenes, and between two saves.
+        practice: phase 3.
+        drilled: of phase 3, see there; phase 2 has none.
     """
 
     grid: int
@@ -45,6 +64,8 @@ class Config:
     easy: tuple[tuple[int, int], ...]
     held_out: int
     evaluate_every: int
+    practice: Practice
+    drilled: int = 0
     seed: int = 0
     tower_rate: float = 2e-3
     tower_muon_rate: float = 3e-3
@@ -62,6 +83,23 @@ class Config:
     def tokens(self) -> int:
         """Vision tokens of a picture."""
         return self.grid * self.grid
+
+    def practising(self) -> Config:
+        """This run in phase 3: all kinds from the start, on other scenes."""
+        practice = self.practice
+        return replace(
+            self,
+            steps=practice.steps,
+            drilled=practice.drilled,
+            easy=practice.easy,
+            rate=practice.rate,
+            muon_rate=practice.muon_rate,
+            decay=practice.decay,
+            basics=0,
+            described=0,
+            crowd=(),
+            seed=self.seed + 1,
+        )
 
     @property
     def side(self) -> int:
@@ -88,6 +126,7 @@ PRESETS: dict[str, Config] = {
         easy=((10, 24),),
         held_out=8,
         evaluate_every=10,
+        practice=Practice(steps=10, drilled=8, easy=((6, 24),)),
     ),
     # Hours on two cores.
     "cpu": Config(
@@ -106,6 +145,7 @@ PRESETS: dict[str, Config] = {
         easy=((1900, 16), (2400, 64)),
         held_out=200,
         evaluate_every=100,
+        practice=Practice(steps=3600, drilled=2700, easy=((2700, 16), (3200, 64))),
     ),
     # Under half an hour on one data-centre GPU.
     "full": Config(
@@ -124,5 +164,6 @@ PRESETS: dict[str, Config] = {
         easy=((1500, 16), (3000, 96), (5000, 256)),
         held_out=500,
         evaluate_every=250,
+        practice=Practice(steps=4000, drilled=3000, easy=((1500, 96), (2500, 256))),
     ),
 }

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from config import Config
-from lessons import describe_all, roll_call
+from lessons import describe_all, drill, roll_call
 from llava import ASSISTANT, BEGIN, END, IMAGE, USER, Words
 from PIL import Image, ImageFilter
 from torch import Tensor
@@ -55,6 +55,7 @@ BASICS = ("attribute", "exists", "read", "where")
 _INDEX = {name: {value: i for i, value in enumerate(values)} for name, values in NAMES.items()}
 _HARD_SHARE = 0.2  # of training scenes
 _DESCRIBED, _ROLL_CALLS = 0.3, 0.3  # share of conversations while basics are learnt; share of those
+_DRILLED = 0.4  # share of conversations while there are drills
 
 
 @dataclass
@@ -196,7 +197,8 @@ class Lessons(Dataset):
             asked = [pair_questions(row[0], row[1], 0, config.turns) for row in scenes]
         else:
             described = 1.0 if step <= config.described else _DESCRIBED if step <= config.basics else 0.0
-            asked = [(self._describe if chance.happens(described) else self._ask)(row[0], chance) for row in scenes]
+            drilled = _DRILLED if step <= config.drilled else 0.0
+            asked = [self._lesson(row[0], chance, described, drilled) for row in scenes]
         pictures = [[draw(scene, config, chance) for scene in row] for row in scenes]
         return gather(config, tokenizer, scenes, pictures, asked)
 
@@ -208,6 +210,13 @@ class Lessons(Dataset):
             return scene
         kept = chance.sample(scene.things, chance.integer(1, most))
         return replace(scene, things=tuple(sorted(kept, key=lambda thing: thing.anchor)))
+
+    def _lesson(self, scene: Scene, chance: Chance, described: float, drilled: float) -> list[Question]:
+        if chance.happens(described):
+            return self._describe(scene, chance)
+        if drilled and chance.happens(drilled):
+            return drill(scene, chance)
+        return self._ask(scene, chance)
 
     def _ask(self, scene: Scene, chance: Chance) -> list[Question]:
         turns, seed = self._config.turns, chance.integer(0, 2**31)

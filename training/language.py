@@ -1,4 +1,4 @@
-"""Phase 2: projector and language model on questions about pictures, as the frozen tower sees them."""
+"""Phases 2 and 3: projector and language model on questions about pictures, as the frozen tower sees them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from run import Clock, device, load, log, optimizers_for, save, schedule, set_ra
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tower import look
+from transformers import LlavaForConditionalGeneration
 
 from adaptinfer.embedded.world.wordings import PLURALS
 
@@ -160,12 +161,36 @@ def _weights(shares: dict[str, float], step: int, config: Config) -> dict[str, f
 
 def train_language(config: Config, out: Path, minutes: float) -> bool:
     """Train for some minutes at most; returns whether the phase is done."""
-    saved, clock = out / "language.pt", Clock(minutes)
     tokenizer = build_tokenizer()
     torch.manual_seed(config.seed)
     model = build_model(tokenizer, config).to(device())
     tower = torch.load(out / "tower.pt", map_location=device(), weights_only=True)["tower"]
     model.model.vision_tower.load_state_dict(tower)
+    return _learn_all(model, tokenizer, config, out / "language.pt", minutes, aligned=False)
+
+
+def practise(config: Config, out: Path, minutes: float, start: Path | None = None) -> bool:
+    """Phase 3, for some minutes at most; returns whether it is done.
+
+    Args:
+        config: the run's; its ``practice`` says how.
+        out: folder of the run.
+        minutes: until the next save after these.
+        start: an exported checkpoint to go on from; the run's own phase 2 if None.
+    """
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, config).to(device())
+    if start is not None:
+        model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32).state_dict())
+    else:
+        learnt = torch.load(out / "language.pt", map_location=device(), weights_only=True)
+        model.load_state_dict(learnt["model"])
+    return _learn_all(model, tokenizer, config.practising(), out / "practice.pt", minutes, aligned=True)
+
+
+def _learn_all(model: Model, tokenizer: Words, config: Config, saved: Path, minutes: float, aligned: bool) -> bool:
+    """All steps of a phase, from its last save on; ``aligned``: projector and words fit each other already."""
+    clock = Clock(minutes)
     # Rounded to what is shipped, so that the language model learns on exactly the features it will get.
     model.model.vision_tower.to(torch.bfloat16).float().requires_grad_(False)
     if device().type == "cpu":
@@ -185,7 +210,8 @@ def train_language(config: Config, out: Path, minutes: float) -> bool:
     sets = {"later": later, "first": first, "pairs": pairs}
     seen = {name: features_of(model, batch) for name, batch in sets.items()}
     if not begun:
-        align(model, tokenizer, batches(config, tokenizer, range(-config.align_steps, 0), weights), config)
+        if not aligned:
+            align(model, tokenizer, batches(config, tokenizer, range(-config.align_steps, 0), weights), config)
         save(saved, parts, 0, clock, weights=weights)
     losses: list[Tensor] = []
     while step < config.steps:
@@ -199,7 +225,7 @@ def train_language(config: Config, out: Path, minutes: float) -> bool:
         weights = _weights({**shares["later"], **shares["pairs"]}, step, config)
         mean = torch.stack(losses).mean().item()
         losses = []
-        log(out / "language.jsonl", step=step, seconds=round(clock.total), loss=round(mean, 4), **shares)
+        log(saved.with_suffix(".jsonl"), step=step, seconds=round(clock.total), loss=round(mean, 4), **shares)
         save(saved, parts, step, clock, weights=weights)
         if clock.is_over:
             break

@@ -1,16 +1,22 @@
-"""What is asked in training only, at first: plain and dense, so that the language model learns to find things.
+"""What is asked in training only: plain and dense, so that the language model learns to find things.
 
 A question about one thing among a dozen gives a model that cannot find things yet hardly anything to learn from. Each
-word of a full description does: what comes after "red star" is on the one thing that "red star" means.
+word of a full description does: what comes after "red star" is on the one thing that "red star" means. Drills are the
+same for what is harder to learn: counts, groups of like things, and what stands beside a thing or shares something
+with it.
 """
 
 from __future__ import annotations
 
 from adaptinfer.embedded.world.chance import Chance
 from adaptinfer.embedded.world.describe import View
+from adaptinfer.embedded.world.forms import MAX_COUNT
 from adaptinfer.embedded.world.questions import Question
-from adaptinfer.embedded.world.scene import COLOURS, SHAPES, SIGN, Scene
+from adaptinfer.embedded.world.scene import COLOURS, PATTERNS, SHAPES, SIGN, Scene
 from adaptinfer.embedded.world.wordings import a, phrase, put
+
+_MOST = 12
+"""Entries of a drill at most; the answer to a question has hardly more than four words, a drill's has fifty."""
 
 
 def describe_all(scene: Scene, chance: Chance) -> Question:
@@ -41,3 +47,69 @@ def roll_call(scene: Scene, chance: Chance, count: int) -> list[Question]:
         text = put("exists", chance, a=a(phrase({name: chance.choice(there if found else absent)}, chance)))
         asked.append(Question("roll", text, "yes" if found else "no", ()))
     return asked
+
+
+def tally(scene: Scene, chance: Chance) -> Question:
+    """How many there are of several shapes, colours, patterns, or shapes in a colour: ``red 3 , green 0 , blue 1``."""
+    view = View(scene)
+    names = chance.choice((("shape",), ("colour",), ("pattern",), ("colour", "shape")))
+    groups = view.groups(*names)
+    if len(names) == 2:
+        domain = [(c, s) for c in view.values("colour") for s in view.values("shape") if (s, c) not in view.taboo]
+    else:
+        domain = [(value,) for value in {"shape": SHAPES, "colour": COLOURS, "pattern": PATTERNS[1:]}[names[0]]]
+    counts = {value: len(groups.get(value, ())) for value in dict.fromkeys(domain)}
+    there = [value for value, count in counts.items() if 0 < count <= MAX_COUNT]
+    absent = chance.shuffle([value for value, count in counts.items() if not count])
+    said = chance.shuffle([*there, *absent[: max(2, len(there) // 2)]])[:_MOST]
+    answer = " , ".join(f"{' '.join(value)} {counts[value]}" for value in said)
+    return Question("tally", f"count the {' '.join(names)}", answer, ())
+
+
+def muster(scene: Scene, chance: Chance) -> list[Question]:
+    """What there is of one shape, colour, pattern or size, in reading order, for several of these.
+
+    As in captions, "shapes" are no signs.
+    """
+    view = View(scene)
+    asked = []
+    for name in ("shape", "colour", "pattern", "size"):
+        numbers = view.shapes if name in ("pattern", "size") else None
+        for (value,), group in view.groups(name, numbers=numbers).items():
+            if value == "plain" or len(group) > MAX_COUNT:
+                continue
+            said = [part for part in ("colour", "shape") if part != name]
+            answer = " , ".join(" ".join(view.pick(number, said).values()) for number in group)
+            group_name = f"{value} shapes" if numbers else phrase({name: value}, chance, plural=True)
+            asked.append(Question("muster", f"list the {group_name}", answer, ()))
+    return chance.shuffle(asked)[:_MOST]
+
+
+def hops(scene: Scene, chance: Chance) -> Question:
+    """What stands directly beside things, and which is the one other thing with the same shape, colour or pattern."""
+    view = View(scene)
+    steps = []
+    for number in view.describable():
+        for side in ("left", "right", "above", "below"):
+            other = view.neighbour(number, side)
+            if other is not None:
+                steps.append((number, side, other, ()))
+        for link in ("shape", "colour", "pattern"):
+            value = view.value(number, link)
+            others = [other for other in view.groups(link)[value,] if other != number]
+            if len(others) == 1 and value != "plain":
+                steps.append((number, f"same {link}", others[0], (link,)))
+    words = []
+    for number, way, other, link in chance.shuffle(steps)[:_MOST]:
+        start = chance.choice([names for names in view.descriptions(number) if not set(names) & set(link)] or [()])
+        if start:
+            end = [part for part in ("colour", "shape") if part not in link]
+            words.append(f"{phrase(view.pick(number, start), chance)} {way} {' '.join(view.pick(other, end).values())}")
+    return Question("hops", "name the other things", " , ".join(words), ())
+
+
+def drill(scene: Scene, chance: Chance) -> list[Question]:
+    """One of the drills; for a scene without hops a tally."""
+    which = chance.choice((tally, muster, hops))
+    asked = muster(scene, chance) if which is muster else [which(scene, chance)]
+    return asked if asked and asked[0].answer else [tally(scene, chance)]

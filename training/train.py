@@ -2,13 +2,14 @@
 
     python training/train.py tower --preset cpu      # phase 1: the vision tower by itself, then frozen
     python training/train.py language --preset cpu   # phase 2: projector and language model, on questions
+    python training/train.py practice --preset cpu   # phase 3: more of it, with drills for what is half learnt
     python training/train.py export --preset cpu     # write the checkpoint folder that the package ships
     python training/train.py all --preset full       # all of it
     python training/train.py measure                 # evaluate the shipped checkpoint: benchmarks/results/embedded/
     python training/train.py card --preset cpu       # model card, its pictures and the README's table, from these
 
-The two phases are LLaVA's: a tower that already sees, frozen, then a language model that learns to use it. Both go on
-from their last save, exactly as if they had never stopped, and stop by themselves after ``--minutes``. What a scene is
+The first two phases are LLaVA's: a tower that already sees, frozen, then a language model that learns to use it. Each
+goes on from its last save, exactly as if it had never stopped, and stops by itself after ``--minutes``. What a scene is
 and what is asked about it is defined in `adaptinfer.embedded.world`; nothing of that is repeated here.
 """
 
@@ -24,7 +25,7 @@ import typer
 from card import card as model_card
 from card import into, pruned, read, record
 from config import PRESETS, Config
-from language import train_language
+from language import practise, train_language
 from llava import build_model, build_processor, build_tokenizer
 from measure import RESULTS, RUNS, measure
 from pictures import attention, failures
@@ -59,10 +60,28 @@ def tower(preset: Preset = "full", out: Out = None, minutes: Minutes = 1e9) -> N
 
 @app.command()
 def language(preset: Preset = "full", out: Out = None, minutes: Minutes = 1e9) -> None:
-    """Train projector and language model on questions, and draw the curves."""
+    """Train projector and language model on questions."""
     config, folder = _settle(preset, out)
     train_language(config, folder, minutes)
-    draw_curves(_rows(folder), folder / "curve.png")
+
+
+@app.command()
+def practice(
+    preset: Preset = "full",
+    out: Out = None,
+    minutes: Minutes = 1e9,
+    start: Annotated[
+        Path | None, typer.Option(help="Go on from this exported checkpoint, not from the run's own phase 2.")
+    ] = None,
+) -> None:
+    """Train projector and language model further, with drills."""
+    config, folder = _settle(preset, out)
+    if start is None and not (folder / "language.pt").exists():
+        raise typer.BadParameter(
+            f"there is no {folder / 'language.pt'} to go on from; train the phase before, or give --start",
+            param_hint="--out",
+        )
+    practise(config, folder, minutes, start)
 
 
 @app.command()
@@ -75,7 +94,10 @@ def export(
     config, folder = _settle(preset, out)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, config)
-    model.load_state_dict(torch.load(folder / "language.pt", map_location="cpu", weights_only=True)["model"])
+    saved = [file for name in ("practice.pt", "language.pt") if (file := folder / name).exists()]
+    if not saved:
+        raise typer.BadParameter(f"there is nothing to export in {folder}; train first", param_hint="--out")
+    model.load_state_dict(torch.load(saved[0], map_location="cpu", weights_only=True)["model"])
     for old in to.glob("*.safetensors*"):
         old.unlink()
     model.to(torch.bfloat16).save_pretrained(to, max_shard_size=_SHARD)
@@ -91,10 +113,9 @@ def everything(
     minutes: Minutes = 1e9,
     to: Annotated[Path, typer.Option(help="The checkpoint folder.")] = CHECKPOINT,
 ) -> None:
-    """Tower, language model and export in one go; ``--minutes`` counts for each phase."""
+    """All phases and export in one go; ``--minutes`` counts for each phase."""
     config, folder = _settle(preset, out)
-    if train_tower(config, folder, minutes) and train_language(config, folder, minutes):
-        draw_curves(_rows(folder), folder / "curve.png")
+    if all(phase(config, folder, minutes) for phase in (train_tower, train_language, practise)):
         export(preset, out, to)
 
 
@@ -124,7 +145,7 @@ def card(
 ) -> None:
     """Write the model card, its pictures, the training curve, and the README's table of accuracy."""
     config, folder = _settle(preset, out)
-    if (folder / "language.jsonl").exists():
+    if any(folder.glob("*.jsonl")):
         record(preset, config, folder, CHECKPOINT, results)
     try:
         documents = read(results)
@@ -164,13 +185,8 @@ def _name_as_published(folder: Path) -> None:
         index.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _rows(folder: Path) -> list[dict[str, Any]]:
-    """The log of phase 2."""
-    return [json.loads(line) for line in (folder / "language.jsonl").read_text().splitlines()]
-
-
 def draw_curves(rows: list[dict[str, Any]], file: Path) -> None:
-    """Draw loss and held-out accuracy of phase 2 over the steps, from its log."""
+    """Draw loss and held-out accuracy of phases 2 and 3 over the steps, from their logs."""
     import matplotlib.pyplot as plt
 
     steps = [row["step"] for row in rows]
