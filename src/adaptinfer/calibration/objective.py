@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -30,6 +30,8 @@ _MEMORY = 2**30  # bytes of readings that are held at once
 class TokenCost:
     """A layer costs the vision tokens that it is given: the budget is a true average."""
 
+    hint: ClassVar[str] = " (a budget below 1 is a share of them, from 1 on a number)"
+
     def layer(self, given: int, kept: int) -> int:
         """Of one layer that is given some vision tokens and hands on ``kept``."""
         return given
@@ -47,6 +49,8 @@ class FlopCost:
         shape: of the language model.
         text_tokens: in the prompt.
     """
+
+    hint: ClassVar[str] = ""
 
     shape: ModelShape
     text_tokens: int

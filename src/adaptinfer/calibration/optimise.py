@@ -113,7 +113,7 @@ def optimise(mass: KeptMass, cost: Cost, budget: int, stages: int | None = None)
 
 
 def frontier(mass: KeptMass, cost: Cost, budgets: Sequence[int], stages: int) -> list[Choice]:
-    """What can be kept at several budgets: one stage, the programme's best or the published shape, without further steps.
+    """What can be kept at several budgets: the best of one stage, the programme and the published shape, unimproved.
 
     Args:
         mass: what survives.
@@ -152,6 +152,7 @@ def check_budget(mass: KeptMass, cost: Cost, budget: int) -> None:
         raise ScheduleError(
             f"budget: no schedule meets {cost.words(budget, mass.num_layers)}: all {mass.vision_tokens} vision tokens "
             f"pass through {where}, which comes to {cost.words(least, mass.num_layers)} even if none is kept after"
+            f"{cost.hint}"
         )
 
 
