@@ -818,9 +818,23 @@ MUTANTS = [
     Mutant(
         "calibration: a stage chooses among tokens that the stage before dropped",
         "calibration/objective.py",
-        "        rank = np.where(alive, self._rank[rows, layer], width)",
-        "        rank = self._rank[rows, layer]",
+        "        rank = np.where(alive, ranks, alive.shape[1])",
+        "        rank = ranks",
         "tests/test_calibration_optimise.py::test_kept_mass_follows_every_token",
+    ),
+    Mutant(
+        "calibration: one stage does not spend the budget",
+        "calibration/optimise.py",
+        "_filled(mass, cost, budget, (layer,), (0,), 0)",
+        "_filled(mass, cost, budget - budget // 20, (layer,), (0,), 0)",
+        "tests/test_calibration_optimise.py::test_one_stage_is_brute_force_over_every_keep",
+    ),
+    Mutant(
+        "calibration: readings of other pictures are gone on with",
+        "calibration/store.py",
+        'if mark is not None and mark != row.get("mark"):',
+        "if False:",
+        "tests/test_calibration.py::test_other_pixels_in_a_list_are_refused",
     ),
     Mutant(
         "calibration: the programme forgets what the pruning layer itself costs on its way back",

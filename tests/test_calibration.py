@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
+import io
 import json
 import subprocess
 import sys
@@ -25,13 +27,18 @@ from adaptinfer import AdaptInfer, AdaptInferError, InputError, ModelShape, Sche
 from adaptinfer.ask import Checkpoint
 from adaptinfer.calibration import run as running
 from adaptinfer.calibration import store
+from adaptinfer.calibration.cli import _print
+from adaptinfer.calibration.distributed import processes
 from adaptinfer.calibration.objective import KeptMass
+from adaptinfer.calibration.plots import _budget
 from adaptinfer.calibration.record import Reader, Reading, fingerprint
-from adaptinfer.calibration.run import Budget, record
+from adaptinfer.calibration.run import Budget, analyse, record
 from adaptinfer.calibration.samples import DataSetSource, FolderSource, ListSource, Sample, open_source
 from adaptinfer.calibration.store import PART, Recording, check_skipped, record_part
 from adaptinfer.cli import app
+from adaptinfer.errors import UnsupportedError
 from adaptinfer.functional import text_guided_score
+from adaptinfer.pruners import METHODS
 
 SCORE = AdaptInfer(budget=0.5)
 
@@ -287,6 +294,11 @@ def test_a_recording_of_something_else_is_refused(whole):
     with pytest.raises(InputError, match="another version of adaptinfer"):
         Recording(whole.folder, {**content, "version": 2})
     Recording(whole.folder, {**content, "model": {**content["model"], "name": "moved"}})
+    half = {**content["model"], "dtype": "bfloat16", "fingerprint": "0"}
+    with pytest.raises(InputError, match=r"holds a recording of this model in float32, not in bfloat16, \(fake\)"):
+        Recording(whole.folder, {**content, "model": half})
+    with pytest.raises(InputError, match=r"another model, or of this one in float32 \(fake\)"):
+        Recording(whole.folder, {**content, "model": {**half, "name": "moved"}})
     stray = whole.folder / "part-000001.safetensors"
     stray.write_bytes(record_part(FakeReader(), Source(), range(8, 16), store.digest_of(other)))
     assert whole.missing(20) == [range(8, 16)], "a part of another recording is none of this one"
@@ -321,6 +333,25 @@ def test_too_many_bad_samples_end_the_run(tmp_path):
         record(FakeReader(), source, recording, 24, quiet)
     assert max(source.asked) < PART, "at once, and not after all of them"
     check_skipped([], 0)
+
+
+def test_skipped_samples_are_tried_again_and_parts_without_stay(tmp_path):
+    """A picture that was mended is read; one that still cannot be used costs a look at it alone."""
+    recording = Recording(tmp_path / "r", ABOUT)
+    with pytest.raises(InputError, match="cannot be used"):
+        record(FakeReader(), Source(bad=(1, 2, 17)), recording, 20, quiet)
+    record(FakeReader(), Source(bad=(17,)), recording, 20, quiet)
+    assert [each.index for each in recording.skipped(20)] == [17]
+    before, same = parts(recording.folder), Source(bad=(17,))
+    record(FakeReader(), same, recording, 20, quiet)
+    assert same.asked == [17] and parts(recording.folder) == before
+    other = Source()
+    record(FakeReader(), other, recording, 20, quiet, share=(1, 2))
+    assert other.asked == [], "the first process sees to it"
+    record(FakeReader(), other, recording, 20, quiet)
+    assert recording.skipped(20) == [] and set(other.asked) == set(range(16, 20))
+    assert parts(Recording(tmp_path / "whole", ABOUT).folder).keys() <= parts(recording.folder).keys()
+    assert len(list(recording.readings(20))) == 20
 
 
 # ---------------------------------------------------------------------------------------------------- samples
@@ -372,11 +403,98 @@ def test_a_folder_of_pictures_with_questions(folder):
         open_source(str(folder / "nowhere"))
 
 
+def picture_file(path: Path, seed: int) -> None:
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(path)
+
+
+def test_other_pictures_under_the_same_names_are_refused_and_mended_ones_read(tmp_path):
+    home = tmp_path / "data"
+    home.mkdir()
+    for index in range(12):
+        picture_file(home / f"{index}.png", index)
+    rows = [json.dumps({"image": f"{index}.png", "question": "What is it?"}) for index in range(12)]
+    (home / "q.jsonl").write_text("\n".join(rows))
+    whole = (home / "5.png").read_bytes()
+    (home / "5.png").write_bytes(whole[:60])
+    source = open_source(str(home))
+    recording = Recording(tmp_path / "r", {**ABOUT, "data": source.identity})
+    record(FakeReader(), source, recording, 12, quiet)
+    assert [each.index for each in recording.skipped(12)] == [5]
+    (home / "5.png").write_bytes(whole)
+    record(FakeReader(), source, recording, 12, quiet)
+    assert recording.skipped(12) == []
+    (home / "11.png").unlink()
+    record(FakeReader(), source, recording, 12, quiet)  # what can no longer be read is taken to be the same
+    picture_file(home / "3.png", 99)
+    with pytest.raises(InputError, match=r"other data \(q.jsonl line 4 had another picture\); take another folder"):
+        record(FakeReader(), source, recording, 12, quiet)
+
+
+def test_other_pixels_in_a_list_are_refused(tmp_path):
+    picture_file(tmp_path / "a.png", 1)
+    pixels = Image.new("RGB", (8, 8), "red")
+
+    def samples(picture):
+        given = [(picture, "Q?"), {"image": tmp_path / "a.png", "question": "Q?"}, Sample("x", (picture,), "Q?")]
+        return ListSource(given)
+
+    source = samples(pixels)
+    recording = Recording(tmp_path / "r", {**ABOUT, "data": source.identity})
+    record(FakeReader(), source, recording, 3, quiet)
+    record(FakeReader(), samples(pixels.copy()), recording, 3, quiet)
+    other = samples(Image.new("RGB", (8, 8), "blue"))
+    assert [other.mark(index) == source.mark(index) for index in range(3)] == [False, True, False]
+    with pytest.raises(InputError, match="other data .sample 0 had another picture"):
+        record(FakeReader(), other, recording, 3, quiet)
+    picture_file(tmp_path / "a.png", 2)
+    with pytest.raises(InputError, match="other data .sample 1 had another picture"):
+        record(FakeReader(), source, recording, 3, quiet)
+
+
+def test_a_line_ends_at_a_newline_only(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    asked = ["What\u2028colour?", "Is\x85it red?", "Where?"]
+    lines = [json.dumps({"image": "a.png", "question": text}, ensure_ascii=False) for text in asked]
+    (tmp_path / "q.jsonl").write_bytes("\r\n".join(lines).encode())
+    source = FolderSource(tmp_path)
+    assert [source[index].question for index in range(len(source))] == asked
+
+
+def test_any_one_bad_row_costs_that_row(tmp_path, reader):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    picture_file(tmp_path / "b.png", 3)
+    rows = ['{"image": "a.png", "question": "what \\ud800 is it"}', "[" * 200_000]
+    (tmp_path / "q.jsonl").write_text("\n".join(rows))
+    folder = FolderSource(tmp_path)
+    with pytest.raises(InputError, match="q.jsonl line 1: question: character 6 is no Unicode text"):
+        reader.read(0, folder[0])
+    with pytest.raises(InputError, match="q.jsonl line 2: not JSON that can be read"):
+        folder[1]
+    assert folder.mark(1) is None
+    data = io.BytesIO((tmp_path / "b.png").read_bytes()[:600])
+    listed = ListSource([(Image.open(data), "What?"), Sample("x", (Image.open(data),), "What?")])
+    for index, name in enumerate(("sample 0", "x")):
+        assert listed.mark(index) is None
+        with pytest.raises(InputError, match=f"{name}: an image cannot be decoded"):
+            listed[index]
+
+
+def test_whatever_the_processor_raises_costs_one_sample(models):
+    class Broken(Prepared):
+        def __call__(self, **_):
+            raise TypeError("no text")
+
+    with Reader(models("llava"), Broken({}), SCORE) as made, pytest.raises(InputError, match="refuses it .no text"):
+        made.read(0, Sample("x", (), "a question"))
+
+
 def test_evaluation_scenes_are_refused():
     assert open_source("scenes").identity == open_source("scenes:train").identity
-    for split in ("test", "validation", "x"):
+    for split in ("test", "validation"):
         with pytest.raises(InputError, match="evaluation scenes are refused"):
             open_source(f"scenes:{split}")
+    with pytest.raises(InputError, match="'scenes:bogus': there is no such split"):
+        open_source("scenes:bogus")
     drawn = [open_source("scenes")[index] for index in range(4)]
     again = open_source("scenes")[3]
     assert (again.id, again.question) == (drawn[3].id, drawn[3].question)
@@ -457,6 +575,88 @@ def test_calibrate_in_python(checkpoint, model, tmp_path):
     assert not adaptinfer.engine.attach.is_attached(model)
 
 
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_methods_without_a_score_of_their_own_are_refused_before_any_work(checkpoint, model, method):
+    made = METHODS[method](budget=64)
+    samples = [(Image.new("RGB", (64, 64)), "Is there a star?")]
+    with contextlib.ExitStack() as stack:
+        if method in ("adaptinfer", "random", "fastv", "pyramiddrop", "fitprune", "textguided", "vscan"):
+            with Reader(model, checkpoint.processor, made) as each:
+                assert each.read(0, ListSource(samples)[0]).score.any()
+            return
+        stack.enter_context(pytest.raises(UnsupportedError, match="does not rank tokens by a score"))
+        adaptinfer.calibrate(model, checkpoint.processor, samples, method=made)
+
+
+def test_arguments_that_make_no_sense(checkpoint, model, tmp_path, monkeypatch):
+    one = [(Image.new("RGB", (64, 64)), "Is there a star?")]
+
+    def refused(error, match, samples=one, **arguments):
+        with pytest.raises(error, match=match):
+            adaptinfer.calibrate(model, checkpoint.processor, samples, **arguments)
+
+    for value in (-1, 0, 2.5, True):
+        refused(InputError, "count: must be a whole number from 1 on", count=value)
+        refused(ScheduleError, "stages: must be a whole number from 1 on", stages=value)
+    refused(InputError, "seed: must be a whole number from 0 on", seed=-1)
+    for value in (None, "64", True):
+        refused(ScheduleError, "budget: must be a positive number of tokens", budget=value)
+    refused(InputError, "no such folder", samples=tmp_path / "nowhere")
+    with pytest.raises(InputError, match="no such user's home"):
+        open_source("~nobody-of-that-name/x")
+    monkeypatch.setenv("RANK", "abc")
+    with pytest.raises(InputError, match="environment: RANK must be a whole number.*'abc'"):
+        processes()
+
+
+def test_a_budget_out_of_reach_is_refused_before_anything_is_read(checkpoint, model, monkeypatch):
+    monkeypatch.setattr(Reader, "read", lambda *_: pytest.fail("was read"))
+    picture = Image.new("RGB", (64, 64))
+    for amount, flops in ((1.0, False), (0.01, False), (0.01, True), (300, False)):
+        with pytest.raises(ScheduleError, match="no schedule meets|is more than") as refusal:
+            adaptinfer.calibrate(model, checkpoint.processor, [(picture, "Is it?")] * 9, budget=amount, flops=flops)
+        if amount == 1:
+            assert "a budget below 1 is a share of them" in str(refusal.value)
+
+
+def test_no_gain_over_a_published_shape_that_cannot_be(tmp_path, capsys):
+    """FLOPs that leave room for one early cut alone: nothing is compared with it, and no difference to 0 is told."""
+
+    class Deep(FakeReader):
+        shape, scoring = ModelShape(12, 256, 8, 4, 32, 704), tuple(range(12))
+
+        def read(self, index: int, sample: Sample) -> Reading:
+            mass, score = np.random.default_rng(index).random((2, 12, 256), dtype=np.float32)
+            return Reading(index, sample.id, sample.kind, mass, score, 11)
+
+    recording = Recording(tmp_path / "r", store.about(Deep(), ABOUT["model"], ABOUT["method"], ABOUT["data"]))
+    record(Deep(), Source(), recording, 9, quiet)
+    least, whole = (Schedule(each, 12, 256).prefill_flops(Deep.shape, 11) for each in ((Stage(0, 0),), ()))
+    made = analyse(recording, 9, Budget(1.001 * least / whole, flops=True), Deep.shape, stages=1)
+    published, chosen = made.candidates[0], made.chosen
+    assert published.schedule is None and chosen.schedule is not None
+    assert chosen.gain is chosen.gain_low is chosen.gain_high is None
+    _print(made)
+    out = capsys.readouterr().out
+    assert "cannot meet the budget" in out.partition("published detector")[0] and "points" not in out
+    assert made.provenance["stages"] == 1
+    made.save(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "curves.json").read_text())["candidates"][-1]["gain"] is None
+
+
+@pytest.mark.parametrize(
+    "budget, told, words",
+    [
+        (Budget(0.22), {"true_average": 56.32, "vision_tokens": 256, "share": 0.22}, "true average 56.3 of 256 (22 %)"),
+        (Budget(64), {"true_average": 64, "vision_tokens": 256, "share": 0.25}, "true average 64.0 of 256 (25 %)"),
+        (Budget(0.5, flops=True), {"flops_share": 0.5}, "FLOPs share 0.5"),
+    ],
+)
+def test_a_budget_is_told_in_tokens_and_as_a_share(budget, told, words):
+    said = budget.described(SimpleNamespace(vision_tokens=256))
+    assert said == pytest.approx(told) and _budget(said) == words
+
+
 def test_budgets_that_make_no_sense(checkpoint, model):
     for wrong in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ScheduleError, match="must be a positive number"):
@@ -490,7 +690,8 @@ def test_the_command_writes_schedule_curves_and_plot(calibrated):
     assert schedule.num_layers == 12 and 0.95 * 0.3 * 256 < schedule.true_average() <= 0.3 * 256
     provenance = json.loads((folder / "schedule.json").read_text())["provenance"]
     assert provenance["model"]["name"] == stand_in.folder() and provenance["data"] == {"scenes": "train", "seed": 0}
-    assert provenance["samples"] == 12 and provenance["budget"] == {"true_average": 0.3}
+    told = {"true_average": pytest.approx(76.8), "vision_tokens": 256, "share": 0.3}
+    assert provenance["samples"] == 12 and provenance["budget"] == told and provenance["stages"] is None
     assert set(provenance["versions"]) == {"adaptinfer", "python", "torch", "transformers"}
     curves = json.loads((folder / "curves.json").read_text())
     assert sum(curves["mass_by_layer"]["mean"]) == pytest.approx(1)
@@ -550,6 +751,8 @@ def test_the_command_says_what_is_wrong(calibrated, tmp_path, folder, monkeypatc
 
 def test_a_schedule_file_may_tell_where_it_comes_from():
     content = json.loads(Schedule((Stage(1, 3),), 8, 9).to_json())
+    old = {**content, "provenance": {"budget": {"true_average": 0.22}}}
+    assert Schedule.from_json(json.dumps(old)) == Schedule.from_json(json.dumps(content))
     assert Schedule.from_json(json.dumps({**content, "provenance": {"model": "m"}})) == Schedule((Stage(1, 3),), 8, 9)
     with pytest.raises(ScheduleError, match="provenance: must be an object"):
         Schedule.from_json(json.dumps({**content, "provenance": "m"}))

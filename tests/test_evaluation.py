@@ -241,6 +241,7 @@ def test_a_file_of_ones_own(tmp_path):
     [
         ("{", "line 1: not JSON"),
         ("[]", "line 1: not an object"),
+        ("[" * 200_000, "line 1: not JSON that can be read"),
         ({"question": "?", "answer": "x"}, "give exactly one of image and images"),
         ({"image": "a", "images": ["a"], "question": "?", "answer": "x"}, "give exactly one of image and images"),
         ({"image": "a", "question": "?"}, "give exactly one of answer and answers"),
@@ -255,6 +256,12 @@ def test_a_file_of_ones_own(tmp_path):
 def test_a_malformed_line_is_named(tmp_path, line, reason):
     with pytest.raises(InputError, match=reason):
         load_task(_jsonl(tmp_path, line))
+
+
+def test_a_line_ends_at_a_newline_only(tmp_path):
+    line = {"image": "a.png", "question": "What\u2028colour\x85is it?", "answer": "red"}
+    (sample,) = load_task(_jsonl(tmp_path, json.dumps(line, ensure_ascii=False))).samples(None)
+    assert sample.turns[0].question == line["question"]
 
 
 def test_other_files_and_names_that_are_no_tasks(tmp_path):

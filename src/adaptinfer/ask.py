@@ -215,9 +215,13 @@ class Checkpoint:
 
 
 def check_question(question: str) -> str:
-    """The question without blanks around it. Raises InputError if nothing is left."""
+    """The question without blanks around it. Raises InputError if nothing is left, or it is no text."""
     if not question.strip():
         raise InputError("question: is empty")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which tokenizers cannot take
+        raise InputError(f"question: character {error.start + 1} is no Unicode text (a lone surrogate)") from None
     return question.strip()
 
 

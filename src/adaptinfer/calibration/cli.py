@@ -11,7 +11,7 @@ from adaptinfer.errors import AdaptInferError, InputError
 from adaptinfer.options import Device, DType
 
 if TYPE_CHECKING:
-    from adaptinfer.calibration.result import Calibration
+    from adaptinfer.calibration.result import Calibration, Candidate
 
 __all__ = ["register"]
 
@@ -52,7 +52,7 @@ def _calibrate(
         typer.Option(min=1, max=6, metavar="N", help="Stages at most; when nothing is said, the data choose."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, metavar="N", help="Samples to read; fewer if there are fewer.")] = 256,
-    seed: Annotated[int, typer.Option(metavar="N", help="Which scenes, and of resampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Which scenes, and of resampling.")] = 0,
     ray: Annotated[
         int | None, typer.Option("--ray", min=1, metavar="N", help="Record in N Ray actors (extra 'ray').")
     ] = None,
@@ -87,7 +87,10 @@ def _calibrate(
         job = Job(model, data, output / "recording", samples, score, seed, device, dtype, trust_remote_code)
         count = min(samples, len(job.source()))
         try:
-            recording, shape = record_alone(job, progress) if ray is None else record_with_ray(job, ray, progress)
+            if ray is None:
+                recording, shape = record_alone(job, progress, wanted)
+            else:
+                recording, shape = record_with_ray(job, ray, progress)
             if number:
                 return
             calibration = analyse(recording, count, wanted, shape, stages=stages, seed=seed, progress=progress)
@@ -100,6 +103,13 @@ def _calibrate(
     _print(calibration)
     for path in written:
         typer.echo(f"written: {path}")
+
+
+def _gain(candidate: Candidate) -> str:
+    """Over the published shape, in points."""
+    if candidate.gain is None or candidate.gain_low is None or candidate.gain_high is None:
+        return "-"
+    return f"{100 * candidate.gain:+.1f} ({100 * candidate.gain_low:+.1f} to {100 * candidate.gain_high:+.1f}) points"
 
 
 def _own_device() -> str:
@@ -122,6 +132,8 @@ def _print(calibration: Calibration) -> None:
         if each.schedule is None:
             layers = ", ".join(map(str, each.layers))
             reason = f"layers {layers} cannot meet the budget" if layers else "no layers found"
+            if each is calibration.candidates[0]:
+                reason = "cannot meet the budget"
             table.add_row(each.name, reason, "", "", "")
             continue
         stages = ", ".join(f"{stage.keep} after {stage.layer}" for stage in each.schedule.stages)
@@ -130,9 +142,7 @@ def _print(calibration: Calibration) -> None:
             stages or "nothing dropped",
             f"{each.schedule.true_average():.1f} of {each.schedule.vision_tokens}",
             f"{each.kept_mass:.1%} ({each.low:.1%} to {each.high:.1%})",
-            ""
-            if each is calibration.candidates[0]
-            else f"{100 * each.gain:+.1f} ({100 * each.gain_low:+.1f} to {100 * each.gain_high:+.1f}) points",
+            "" if each is calibration.candidates[0] else _gain(each),
         )
     console.print(table)
     about = calibration.provenance

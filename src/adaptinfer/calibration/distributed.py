@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptinfer.ask import Checkpoint, DType
 from adaptinfer.calibration.record import Reader
-from adaptinfer.calibration.run import content_of, record
+from adaptinfer.calibration.run import Budget, check_reach, content_of, record
 from adaptinfer.calibration.samples import Source, open_source
 from adaptinfer.calibration.store import Recording, check_skipped, digest_of, record_part
 from adaptinfer.errors import InputError
@@ -74,21 +74,37 @@ class Job:
 
 
 def processes() -> tuple[int, int]:
-    """(this process's number, how many) as the launcher says; (0, 1) without one."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """(this process's number, how many) as the launcher says; (0, 1) without one. Raises InputError for nonsense."""
+    told = []
+    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        value = os.environ.get(name, alone)
+        if not value.isdecimal():
+            raise InputError(f"environment: {name} must be a whole number, as launchers set it, not {value!r}")
+        told.append(int(value))
+    return told[0], told[1]
 
 
-def record_alone(job: Job, progress: Callable[[str], None]) -> tuple[Recording, ModelShape]:
+def record_alone(
+    job: Job, progress: Callable[[str], None], budget: Budget | None = None
+) -> tuple[Recording, ModelShape]:
     """Record in this process, or this process's share of the parts; the first process then waits for the others.
+
+    Args:
+        job: what to record.
+        progress: told in a few words what is going on.
+        budget: refused before anything is read, if the first samples show that no schedule meets it.
 
     Raises:
         InputError: a sample or folder that cannot be used, see `record`.
+        ScheduleError: the budget is out of reach.
     """
     source, (number, share) = job.source(), processes()
     count = min(job.count, len(source))
     progress(f"loading {job.model}")
     with job.opened() as reader:
         recording = Recording(job.folder, content_of(reader, job.model, source))
+        if budget is not None and recording.missing(count):
+            check_reach(reader, source, count, budget)
         record(reader, source, recording, count, progress, (number, share))
         while number == 0 and (missing := len(recording.missing(count))):
             progress(f"waiting for other processes, {missing} parts are missing")
@@ -118,7 +134,8 @@ def record_with_ray(job: Job, actors: int, progress: Callable[[str], None]) -> t
     describe = ray.remote(num_cpus=1, num_gpus=gpus)(_describe)
     content, shape = ray.get(describe.remote(job))
     recording = Recording(job.folder, content)
-    missing, skipped = recording.missing(count), []
+    recording.check_pictures(source, count)
+    missing, skipped = [*recording.missing(count), *recording.with_skips(count)], []
     if missing:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -30,6 +30,8 @@ _MEMORY = 2**30  # bytes of readings that are held at once
 class TokenCost:
     """A layer costs the vision tokens that it is given: the budget is a true average."""
 
+    hint: ClassVar[str] = " (a budget below 1 is a share of them, from 1 on a number)"
+
     def layer(self, given: int, kept: int) -> int:
         """Of one layer that is given some vision tokens and hands on ``kept``."""
         return given
@@ -47,6 +49,8 @@ class FlopCost:
         shape: of the language model.
         text_tokens: in the prompt.
     """
+
+    hint: ClassVar[str] = ""
 
     shape: ModelShape
     text_tokens: int
@@ -104,24 +108,30 @@ class KeptMass:
         """Share of a sample's mass that is paid in each layer, float64 [N, L]."""
         return self._mass.sum(axis=2, dtype=np.float64)
 
-    def of(self, schedule: Schedule, samples: np.ndarray | None = None) -> np.ndarray:
+    def some(self, samples: np.ndarray) -> KeptMass:
+        """The same for a few samples, by their numbers; schedules stay meant for `vision_tokens`."""
+        fewer = object.__new__(KeptMass)
+        fewer.num_layers, fewer.possible = self.num_layers, self.possible
+        fewer.vision_tokens, fewer.text_tokens = self.vision_tokens, self.text_tokens
+        fewer.kinds = tuple(self.kinds[each] for each in samples)
+        fewer._sizes, fewer._mass, fewer._rank = self._sizes[samples], self._mass[samples], self._rank[samples]
+        fewer._tables = {}
+        return fewer
+
+    def of(self, schedule: Schedule) -> np.ndarray:
         """Kept mass of each sample, float64 [N], in [0, 1].
 
         Args:
             schedule: for `vision_tokens`.
-            samples: numbers of those to look at; None for all.
         """
-        rows = np.arange(len(self)) if samples is None else samples
         layers = [stage.layer for stage in schedule.stages]
         keeps = [int(stage.keep) for stage in schedule.stages]
-        alive = np.ones((len(rows), self._mass.shape[2]), dtype=bool)
-        kept = np.zeros(len(rows))
-        start = 0
+        alive, kept, start = None, np.zeros(len(self)), 0  # None: all of them
         for layer, keep in zip([*layers, self.num_layers - 1], [*keeps, 0], strict=True):
-            mass = self._future(rows, start, layer + 1)
-            kept += np.einsum("nv,nv->n", mass, alive, dtype=np.float64)
+            mass = self._sums[layer + 1] - self._sums[start]
+            kept += (mass if alive is None else mass * alive).sum(axis=1, dtype=np.float64)
             if layer < self.num_layers - 1:
-                alive = self._survivors(rows, layer, alive, keep)
+                alive = self._survivors(layer, alive, keep)
             start = layer + 1
         return kept
 
@@ -170,13 +180,13 @@ class KeptMass:
         np.cumsum(self._mass.swapaxes(0, 1), axis=0, out=sums[1:])
         return sums
 
-    def _future(self, rows: np.ndarray, start: int, stop: int) -> np.ndarray:
-        return self._sums[stop][rows] - self._sums[start][rows]
-
-    def _survivors(self, rows: np.ndarray, layer: int, alive: np.ndarray, keep: int) -> np.ndarray:
-        width = alive.shape[1]
-        rank = np.where(alive, self._rank[rows, layer], width)
-        counts = np.minimum(_scaled(keep, self._sizes[rows], self.vision_tokens), alive.sum(axis=1))
+    def _survivors(self, layer: int, alive: np.ndarray | None, keep: int) -> np.ndarray:
+        counts = _scaled(keep, self._sizes, self.vision_tokens)
+        ranks = self._rank[:, layer]
+        if alive is None:
+            return ranks < counts[:, None]
+        rank = np.where(alive, ranks, alive.shape[1])
+        counts = np.minimum(counts, alive.sum(axis=1))
         # Ranks are distinct, so the keep-th smallest is a bound that exactly so many meet.
         bound = np.take_along_axis(np.sort(rank, axis=1), np.maximum(counts - 1, 0)[:, None], axis=1)
         return alive & (rank <= bound) & (counts > 0)[:, None]

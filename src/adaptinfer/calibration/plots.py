@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,9 +38,8 @@ def draw(calibration: Calibration, path: Path) -> None:
         panel(place, calibration)
         _tidy(place)
     about = calibration.provenance
-    ((unit, amount),) = about["budget"].items()
     figure.suptitle(
-        f"{Path(about['model']['name']).name}: {about['samples']} samples, {unit.replace('_', ' ')} {amount:g}, "
+        f"{Path(about['model']['name']).name}: {about['samples']} samples, {_budget(about['budget'])}, "
         f"scores of {about['method']['name']}",
         color=_INK,
         fontsize=12,
@@ -51,6 +50,12 @@ def draw(calibration: Calibration, path: Path) -> None:
         write_whole(path, target.getvalue())
     except OSError as error:
         raise InputError(f"plot {str(path)!r}: cannot be written ({error.strerror})") from None
+
+
+def _budget(told: dict[str, Any]) -> str:
+    if "flops_share" in told:
+        return f"FLOPs share {told['flops_share']:.3g}"
+    return f"true average {told['true_average']:.1f} of {told['vision_tokens']} ({100 * told['share']:.3g} %)"
 
 
 def _mass(axes: Axes, calibration: Calibration) -> None:

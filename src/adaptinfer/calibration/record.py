@@ -18,8 +18,8 @@ import torch
 
 from adaptinfer.ask import check_question, processed
 from adaptinfer.engine.attach import Handle
-from adaptinfer.engine.families import family_of
-from adaptinfer.errors import InputError
+from adaptinfer.engine.families import family_of, placeholders_of
+from adaptinfer.errors import InputError, UnsupportedError
 from adaptinfer.pruners.base import Pruner
 from adaptinfer.schedule import ModelShape, Schedule
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from adaptinfer.calibration.samples import Sample
     from adaptinfer.engine.stage import StageView
 
-__all__ = ["Reader", "Reading", "describe_method", "fingerprint"]
+__all__ = ["Reader", "Reading", "check_method", "describe_method", "fingerprint"]
 
 _SAMPLED_VALUES = 64  # of each parameter, in a model's fingerprint
 
@@ -89,11 +89,12 @@ class Reader:
         method: whose scores are recorded; its budget and schedule are not looked at.
 
     Raises:
-        UnsupportedError: pruning does not fit the model.
+        UnsupportedError: pruning does not fit the model, or the method has no score to record.
         AdaptInferError: a pruner is attached already.
     """
 
     def __init__(self, model: Any, processor: Any, method: Pruner) -> None:
+        check_method(method)
         self.model, self.method, self._processor = model, method, processor
         self.shape = ModelShape.from_config(model.config)
         self.scoring = family_of(model).scoring
@@ -126,21 +127,39 @@ class Reader:
         seen.clear()
         return Reading(index, sample.id, sample.kind, mass, score, inputs["input_ids"].shape[1] - vision)
 
+    def tokens(self, sample: Sample) -> tuple[int, int]:
+        """Vision tokens and others of a sample's prompt, by the processor alone. Raises InputError as `read` does."""
+        ids = self._inputs(sample)["input_ids"]
+        vision = sum(int((ids == token).sum()) for token in placeholders_of(self.model.config))
+        return vision, ids.shape[1] - vision
+
     def _inputs(self, sample: Sample) -> dict[str, Any]:
-        question = check_question(sample.question)
+        try:
+            question = check_question(sample.question)
+        except InputError as error:
+            raise InputError(f"{sample.id}: {error}") from None
         for attribute in ("image_token", "video_token"):
             token = getattr(self._processor, attribute, None)
             if token and token in question:
                 raise InputError(f"{sample.id}: the question holds {token!r}, which stands for a picture in this model")
         try:
             inputs = dict(processed(self._processor, list(sample.images), question))
-        except (ValueError, IndexError, RuntimeError) as error:
+        except Exception as error:  # a foreign processor may break over a sample in any way; it costs this sample
             raise InputError(f"{sample.id}: the model's processor refuses it ({error})") from None
         device, dtype = self.model.device, self.model.dtype
         return {
             name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
             for name, value in inputs.items()
         }
+
+
+def check_method(method: Pruner) -> None:
+    """Refuse a method whose choice is no ranking by a score of a layer's own. Raises UnsupportedError."""
+    if type(method).score is Pruner.score or method.needs - {"next"}:
+        raise UnsupportedError(
+            f"method: {type(method).__name__} does not rank tokens by a score that each layer can tell by itself, so "
+            "there is nothing to record; calibrate with AdaptInfer or another method that scores"
+        )
 
 
 def fingerprint(model: Any) -> str:

@@ -35,7 +35,8 @@ class Candidate:
         kept_mass: mean share of attention mass that survives.
         low: lower end of its 95 % interval over samples.
         high: the upper end.
-        gain: mean difference to the published shape at the same budget, sample by sample.
+        gain: mean difference to the published shape at the same budget, sample by sample; None (as its ends) where that
+            cannot meet the budget.
         gain_low: lower end of its 95 % interval.
         gain_high: the upper end.
     """
@@ -46,9 +47,9 @@ class Candidate:
     kept_mass: float = 0.0
     low: float = 0.0
     high: float = 0.0
-    gain: float = 0.0
-    gain_low: float = 0.0
-    gain_high: float = 0.0
+    gain: float | None = None
+    gain_low: float | None = None
+    gain_high: float | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import platform
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,8 @@ import numpy as np
 
 from adaptinfer.calibration.detect import LEAST_LAYERS, histogram, read_off
 from adaptinfer.calibration.objective import FlopCost, KeptMass, TokenCost
-from adaptinfer.calibration.optimise import check_budget, frontier, optimise, published_shape, with_layers
-from adaptinfer.calibration.record import Reader, describe_method, fingerprint
+from adaptinfer.calibration.optimise import check_budget, check_stages, frontier, optimise, published_shape, with_layers
+from adaptinfer.calibration.record import Reader, Reading, check_method, describe_method, fingerprint
 from adaptinfer.calibration.result import Calibration, Candidate, FrontierPoint, interval
 from adaptinfer.calibration.samples import ListSource, Source, open_source
 from adaptinfer.calibration.shifts import detect_shifts, distances
@@ -26,7 +26,7 @@ from adaptinfer.schedule import ModelShape, Schedule, ScheduleError
 if TYPE_CHECKING:
     from adaptinfer.pruners.base import Pruner
 
-__all__ = ["Budget", "analyse", "calibrate", "content_of", "record"]
+__all__ = ["Budget", "analyse", "calibrate", "check_reach", "content_of", "record"]
 
 _Way = tuple[str, tuple[int, ...], Schedule | None]  # name, layers that a detector found, schedule
 _SHARES = (0.04, 0.06, 0.08, 0.11, 0.16, 0.22, 0.33, 0.5, 0.75)  # of the vision tokens, in the picture
@@ -50,10 +50,23 @@ class Budget:
     flops: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.amount, bool) or not isinstance(self.amount, (int, float)):
+            raise ScheduleError(f"budget: must be a positive number of tokens, or a share below 1, not {self.amount!r}")
         if not 0 < self.amount < float("inf"):
             raise ScheduleError(f"budget: must be a positive number of tokens, or a share below 1, not {self.amount:g}")
         if self.flops and self.amount > 1:
             raise ScheduleError(f"budget: a share of the FLOPs lies between 0 and 1, not at {self.amount:g}")
+
+    def described(self, mass: KeptMass) -> dict[str, Any]:
+        """What was asked for, in JSON: tokens as well as their share, whichever was given."""
+        if self.flops:
+            return {"flops_share": self.amount}
+        share = self.amount if self.amount < 1 else self.amount / mass.vision_tokens
+        return {
+            "true_average": share * mass.vision_tokens if self.amount < 1 else self.amount,
+            "vision_tokens": mass.vision_tokens,
+            "share": share,
+        }
 
     def resolve(self, mass: KeptMass, shape: ModelShape) -> tuple[TokenCost | FlopCost, int]:
         """The cost of a layer, and how much of it all layers may come to.
@@ -75,7 +88,7 @@ class Budget:
 def calibrate(
     model: Any,
     processor: Any,
-    samples: Iterable[Any] | Source | str,
+    samples: Iterable[Any] | Source | str | Path,
     budget: float = 64,
     *,
     flops: bool = False,
@@ -92,7 +105,7 @@ def calibrate(
         model: a loaded vision-language model without a pruner.
         processor: the one that belongs to it.
         samples: `Sample`, ``(image, question)`` or ``{"image": ..., "question": ...}`` each; a source; or what the
-            command's ``--data`` takes.
+            command's ``--data`` takes, as text or path.
         budget: true average of vision tokens a layer is given, or below 1 a share of them.
         flops: ``budget`` is a share of the decoder's prefill FLOPs instead.
         stages: how many at most; None lets the data choose.
@@ -104,22 +117,33 @@ def calibrate(
 
     Raises:
         InputError: too many samples that cannot be used, or a folder with a recording of something else.
-        ScheduleError: a budget that no schedule meets.
-        UnsupportedError: pruning does not fit the model.
+        ScheduleError: a budget that no schedule meets, or less than one stage.
+        UnsupportedError: pruning does not fit the model, or the method has no score to record.
     """
     wanted = Budget(budget, flops)
+    check_stages(stages)
+    for name, value, least in (("count", count, 1), ("seed", seed, 0)):
+        if name == "count" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"{name}: must be a whole number from {least} on, not {value!r}")
+    method = method or _default_method()
+    check_method(method)
     source: Source
-    if isinstance(samples, str):
+    if isinstance(samples, (str, Path)):
+        samples = str(samples)
         source = open_source(samples, seed)
         count = count or (_SCENES if samples.partition(":")[0] == "scenes" else None)
     else:
         source = samples if hasattr(samples, "identity") else ListSource(samples)  # pyright: ignore
     count = min(count or len(source), len(source))
     with ExitStack() as stack:
-        reader = stack.enter_context(Reader(model, processor, method or _default_method()))
+        reader = stack.enter_context(Reader(model, processor, method))
         content = content_of(reader, getattr(model.config, "name_or_path", "") or type(model).__name__, source)
         home = Path(folder) / "recording" if folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         recording = Recording(home, content)
+        if recording.missing(count):
+            check_reach(reader, source, count, wanted)
         record(reader, source, recording, count, progress)
         return analyse(recording, count, wanted, reader.shape, stages=stages, seed=seed, progress=progress)
 
@@ -134,6 +158,32 @@ def content_of(reader: Reader, name: str, source: Source) -> dict[str, Any]:
     return about(reader, model, describe_method(reader.method), source.identity)
 
 
+def check_reach(reader: Reader, source: Source, count: int, budget: Budget) -> None:
+    """Refuse a budget that is out of reach for each of the first samples, by the lengths of their prompts alone.
+
+    Raises:
+        ScheduleError: no schedule meets it.
+    """
+    refusal: ScheduleError | None = None
+    for index in range(min(PART, count)):
+        try:
+            vision, text = reader.tokens(source[index])
+        except InputError:
+            continue  # is named when it is read
+        if not vision:
+            continue
+        flat = np.ones((reader.shape.num_layers, vision), dtype=np.float32)
+        mass = KeptMass([Reading(index, "", "", flat, flat, text)], reader.scoring)
+        try:
+            check_budget(mass, *budget.resolve(mass, reader.shape))
+        except ScheduleError as error:
+            refusal = refusal or error
+        else:
+            return
+    if refusal is not None:
+        raise refusal
+
+
 def record(
     reader: Reader,
     source: Source,
@@ -142,7 +192,7 @@ def record(
     progress: Callable[[str], None],
     share: tuple[int, int] = (0, 1),
 ) -> None:
-    """Record the parts that are missing.
+    """Record the parts that are missing, and those with samples that could not be used and now can.
 
     Args:
         reader: of the model.
@@ -153,11 +203,16 @@ def record(
         share: (i, n) takes every n-th part, from the i-th on.
 
     Raises:
-        InputError: too many samples cannot be used, or the disk is full.
+        InputError: too many samples cannot be used, the disk is full, or the pictures are others than those recorded.
     """
+    recording.check_pictures(source, count)
     skipped, digest = [], digest_of(recording.about)
-    for part in recording.missing(count):
-        if part.start // PART % share[1] == share[0]:
+    # The first process sees to skipped samples in all parts: it is the one that waits for the others and goes on.
+    mended = [
+        part for part in recording.with_skips(count) if share[0] == 0 and _mended(reader, source, recording, part)
+    ]
+    for part in [*mended, *recording.missing(count)]:
+        if part in mended or part.start // PART % share[1] == share[0]:
             recording.write(
                 part,
                 record_part(
@@ -166,6 +221,18 @@ def record(
             )
             skipped += recording.skipped_in(part)
             check_skipped(skipped, count)
+
+
+def _mended(reader: Reader, source: Source, recording: Recording, part: range) -> bool:
+    """Whether a sample that could not be used now can, or cannot for another reason."""
+    for each in recording.skipped_in(part):
+        try:
+            reader.read(each.index, source[each.index])
+        except InputError as error:
+            if str(error) == each.reason:
+                continue
+        return True
+    return False
 
 
 def analyse(
@@ -193,6 +260,7 @@ def analyse(
         InputError: too many samples could not be used, or the model is too shallow.
         ScheduleError: a budget that no schedule meets.
     """
+    check_stages(stages)
     skipped = recording.skipped(count)
     check_skipped(skipped, count)
     layers = recording.about["model"]["scoring"]
@@ -228,7 +296,8 @@ def analyse(
         "data": recording.about["data"],
         "samples": len(mass),
         "skipped": len(skipped),
-        "budget": {"flops_share" if budget.flops else "true_average": budget.amount},
+        "budget": budget.described(mass),
+        "stages": stages,
         "kept_mass": choice.kept_mass,
         "versions": _versions(),
     }
@@ -254,16 +323,12 @@ def _candidates(mass: KeptMass, ways: Sequence[_Way], seed: int) -> Iterator[Can
         if name not in kept:
             yield Candidate(name, None, layers)
             continue
-        gain = kept[name] - (0 if published is None else published)
-        yield Candidate(
-            name,
-            schedule,
-            layers,
-            float(kept[name].mean()),
-            *interval(kept[name], seed),
-            float(gain.mean()),
-            *interval(gain, seed),
-        )
+        judged = Candidate(name, schedule, layers, float(kept[name].mean()), *interval(kept[name], seed))
+        if published is not None:
+            gain = kept[name] - published
+            low, high = interval(gain, seed)
+            judged = replace(judged, gain=float(gain.mean()), gain_low=low, gain_high=high)
+        yield judged
 
 
 def _frontier(mass: KeptMass, stages: int) -> Iterator[FrontierPoint]:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 
-from adaptinfer.ask import check_question
 from adaptinfer.errors import InputError
 from adaptinfer.pictures import read_pictures
 
@@ -46,7 +45,11 @@ class Sample:
 
 
 class Source(Protocol):
-    """Samples by number. ``identity`` says in JSON what they are: a recording is continued only by its equal."""
+    """Samples by number. ``identity`` says in JSON what they are: a recording is continued only by its equal.
+
+    A source may also have ``mark(index)``, a digest of what else makes a sample, its pictures above all (None if that
+    cannot be read): a reading is gone on with only as long as its sample's mark is the same.
+    """
 
     @property
     def identity(self) -> dict[str, Any]: ...
@@ -74,7 +77,10 @@ def open_source(name: str, seed: int = 0) -> Source:
     if name.startswith(HUB):
         repository, _, split = name.removeprefix(HUB).partition(":")
         return DataSetSource.from_hub(repository, split or "train")
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # ~nobody
+        raise InputError(f"data {name!r}: there is no such user's home folder") from None
     if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
         return DataSetSource.from_disk(path)
     return FolderSource(path)
@@ -96,7 +102,7 @@ class FolderSource:
         self._file = _questions_file(path)
         try:
             content = self._file.read_bytes()
-            lines = content.decode("utf-8-sig").splitlines()
+            lines = content.decode("utf-8-sig").split("\n")  # JSON strings may hold the other ends of lines
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"data {str(self._file)!r}: cannot be read ({error})") from None
         self._lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -108,15 +114,29 @@ class FolderSource:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> Sample:
+        where, row = self._row(index)
+        return _sample(where, row, self._file.parent)
+
+    def mark(self, index: int) -> str | None:
+        """A digest of the sample's picture files; None if one cannot be read."""
+        try:
+            _, row = self._row(index)
+        except InputError:
+            return None
+        return _mark(_field(row, _IMAGES), self._file.parent)
+
+    def _row(self, index: int) -> tuple[str, dict[str, Any]]:
         number, line = self._lines[index]
         where = f"{self._file.name} line {number}"
         try:
             row = json.loads(line)
+        except RecursionError:
+            raise InputError(f"{where}: not JSON that can be read (nested too deep)") from None
         except ValueError as error:
             raise InputError(f"{where}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise InputError(f"{where}: not a JSON object")
-        return _sample(where, row, self._file.parent)
+        return where, row
 
 
 class DataSetSource:
@@ -174,7 +194,7 @@ class DataSetSource:
 class ListSource:
     """Samples given in Python: `Sample`, ``(image, question)`` or ``{"image": ..., "question": ...}`` each.
 
-    An image is a PIL image or a file. Two lists are told apart by their questions and picture sizes, not by pixels.
+    An image is a PIL image or a file. Two lists are told apart by their questions, and by pixels or contents of files.
 
     Raises:
         InputError: the list is empty.
@@ -195,13 +215,21 @@ class ListSource:
     def __getitem__(self, index: int) -> Sample:
         given = self._samples[index]
         if isinstance(given, Sample):
-            check_question(given.question)
-            return given
+            return _sample(given.id, {"images": given.images, "question": given.question, "kind": given.kind}, Path())
         if isinstance(given, dict):
             return _sample(f"sample {index}", given, Path())
         if isinstance(given, (tuple, list)) and len(given) == 2:
             return _sample(f"sample {index}", {"images": given[0], "question": given[1]}, Path())
         raise InputError(f"sample {index}: must be a Sample, (image, question) or a dictionary, not {type(given)}")
+
+    def mark(self, index: int) -> str | None:
+        """A digest of the sample's pictures, by pixel or by the content of their files; None if one cannot be read."""
+        given = self._samples[index]
+        if isinstance(given, Sample):
+            return _mark(given.images, Path())
+        if isinstance(given, dict):
+            return _mark(_field(given, _IMAGES), Path())
+        return _mark(given[0], Path()) if isinstance(given, (tuple, list)) and len(given) == 2 else None
 
 
 def _sample(name: str, row: Mapping[str, Any], folder: Path) -> Sample:
@@ -210,7 +238,7 @@ def _sample(name: str, row: Mapping[str, Any], folder: Path) -> Sample:
     if not isinstance(question, str) or not question.strip():
         raise InputError(f"{name}: no question")
     images = _field(row, _IMAGES)
-    images = list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]
+    images = _listed(images)
     if not images:
         raise InputError(f"{name}: no image")
     try:
@@ -221,7 +249,7 @@ def _sample(name: str, row: Mapping[str, Any], folder: Path) -> Sample:
 
 
 def _described(given: Any) -> Any:
-    """What is the same in every process about a sample given in Python: an image's size stands for the image."""
+    """What is the same in every process about a sample given in Python; an image's size stands for it, see `_mark`."""
     if isinstance(given, Image.Image):
         return given.size
     if isinstance(given, Sample):
@@ -237,10 +265,33 @@ def _field(row: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 def _image(image: Any, folder: Path) -> Image.Image:
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        try:
+            return image.convert("RGB")
+        except Exception as error:  # one that was opened lazily is decoded here, and may be damaged in any way
+            raise InputError(f"an image cannot be decoded ({_first_line(error)})") from None
     if not isinstance(image, (str, Path)):
         raise InputError(f"an image is a file name or a picture, not {type(image).__name__}")
     return read_pictures([folder / image])[0].image
+
+
+def _listed(images: Any) -> list[Any]:
+    return list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]
+
+
+def _mark(images: Any, folder: Path) -> str | None:
+    """A digest of pictures: of a file its bytes, of a PIL image its pixels. None if one of them cannot be read."""
+    digest = hashlib.sha256()
+    for image in _listed(images):
+        try:
+            if isinstance(image, Image.Image):
+                pixels = _image(image, folder)
+                content = repr(pixels.size).encode() + pixels.tobytes()
+            else:
+                content = (folder / image).read_bytes()
+        except (InputError, OSError, ValueError, TypeError):
+            return None
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
 
 
 def _questions_file(path: Path) -> Path:

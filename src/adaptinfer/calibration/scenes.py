@@ -28,6 +28,8 @@ class SceneSource:
     """
 
     def __init__(self, split: str = "train", seed: int = 0) -> None:
+        if split not in SPLITS:
+            raise InputError(f"data 'scenes:{split}': there is no such split; 'scenes' takes training scenes")
         if split != "train":
             raise InputError(
                 f"data 'scenes:{split}': evaluation scenes are refused, or a schedule would be judged on what shaped "

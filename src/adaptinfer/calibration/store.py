@@ -88,6 +88,28 @@ class Recording:
         """The parts of the first ``count`` samples that have yet to be recorded."""
         return [part for part in _parts(count) if not self._is_there(part)]
 
+    def with_skips(self, count: int) -> list[range]:
+        """The parts of the first ``count`` samples that are there, but hold samples that could not be used."""
+        return [part for part in _parts(count) if self._is_there(part) and self.skipped_in(part)]
+
+    def check_pictures(self, source: Source, count: int) -> None:
+        """Refuse to go on with readings of other pictures. Those that can no longer be read are taken to be the same.
+
+        Raises:
+            InputError: names the first sample whose pictures are others than those that were read.
+        """
+        for part in _parts(count):
+            if self._is_there(part):
+                with self._open(part) as file:
+                    rows = _header(file)["samples"]
+                for row in rows:
+                    mark = None if "reason" in row else mark_of(source, row["index"])
+                    if mark is not None and mark != row.get("mark"):
+                        raise InputError(
+                            f"{str(self.folder)!r}: holds a recording of other data ({row['id']} had another picture); "
+                            "take another folder, or delete this one"
+                        )
+
     def write(self, part: range, data: bytes) -> None:
         """Put a part from `record_part` in its place. Raises InputError if the disk is full or cannot be written."""
         try:
@@ -149,6 +171,10 @@ class Recording:
             if before.get(key) != now[key]:
                 what = _WHAT.get(key, "another version of adaptinfer")
                 name = there["model"].get("name") if key == "model" else before.get(key)
+                if key == "model" and before[key].get("dtype") != now[key]["dtype"]:
+                    what = f"this model in {before[key].get('dtype')}, not in {now[key]['dtype']},"
+                    if name != self.about["model"]["name"]:
+                        what = f"another model, or of this one in {before[key].get('dtype')}"
                 raise InputError(
                     f"{str(self.folder)!r}: holds a recording of {what} ({_short(name)}); take another folder, or "
                     "delete this one"
@@ -185,11 +211,19 @@ def record_part(
             rows.append({"index": index, "reason": str(error)})
             continue
         readings.append(reading)
-        rows.append({"index": index, "id": reading.id, "kind": reading.kind, "text_tokens": reading.text_tokens})
+        row = {"index": index, "id": reading.id, "kind": reading.kind, "text_tokens": reading.text_tokens}
+        mark = mark_of(source, index)
+        rows.append(row if mark is None else {**row, "mark": mark})
     tensors = {f"{name}.{each.index}": getattr(each, name) for each in readings for name in ("mass", "score")}
     header = json.dumps({"about": digest, "stop": part.stop, "samples": rows})
     # One entry, since safetensors writes several in any order, and the same readings are to be the same bytes.
     return save(tensors or {"none": np.zeros(0, dtype=np.float32)}, metadata={_HEADER: header})
+
+
+def mark_of(source: Source, index: int) -> str | None:
+    """A sample's mark, where its source has marks."""
+    mark = getattr(source, "mark", None)
+    return None if mark is None else mark(index)
 
 
 def check_skipped(skipped: Sequence[Skipped], count: int) -> None:

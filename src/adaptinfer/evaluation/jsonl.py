@@ -49,7 +49,7 @@ class JsonlTask:
         self.name = self._path.stem
         try:
             data = self._path.read_bytes()
-            lines = data.decode("utf-8-sig").splitlines()
+            lines = data.decode("utf-8-sig").split("\n")  # JSON strings may hold the other ends of lines
         except UnicodeDecodeError as error:
             raise InputError(f"task {path!r}: is not UTF-8 text (byte {error.start})") from None
         except OSError as error:
@@ -85,6 +85,8 @@ class JsonlTask:
             entry: Any = json.loads(line)
         except json.JSONDecodeError as error:
             raise refuse(f"not JSON ({error.msg}, column {error.colno})") from None
+        except (ValueError, RecursionError) as error:
+            raise refuse(f"not JSON that can be read ({error})") from None
         if not isinstance(entry, dict):
             raise refuse("not an object")
         unknown = sorted(set(entry) - _FIELDS)
