@@ -1,8 +1,8 @@
 """The calibration study: how many samples a schedule needs, whether it moves with the question, and what it is worth.
 
-    python benchmarks/calibration_study.py --samples 2048 --repeats 5 --scenes 120  # the committed run: 6 minutes on two
-                                                                                   # quiet cores
-    python benchmarks/calibration_study.py              # all parts with more samples and scenes, and longer
+    python benchmarks/calibration_study.py --samples 2048 --repeats 5 --scenes 120 # the committed run: 6 minutes on two
+                                                                                  # quiet cores
+    python benchmarks/calibration_study.py              # 512 samples, 100 scenes
     python benchmarks/calibration_study.py --quick      # a minute or two: shows that every part works, and nothing else
 
 Parts: the recording (training scenes), `sizes`, `kinds`, `seeds`, `worth`. Each writes OUTPUT/PART.json at its end,
