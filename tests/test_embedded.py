@@ -225,6 +225,8 @@ def test_draw_refuses_an_unwritable_file(tmp_path):
         assert stop.value.code == 2
     with pytest.raises(SystemExit):
         main(["draw", str(tmp_path / "scene.png"), "--pair", str(tmp_path / "second.gif")])
+    with pytest.raises(SystemExit):
+        main(["draw", str(tmp_path / "scene.png"), "--pair", str(tmp_path / "." / "scene.png")])
     assert not list(tmp_path.iterdir())
 
 

@@ -13,6 +13,7 @@ import stand_in
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from adaptinfer import embedded
 from adaptinfer.embedded.world.render import render
 from adaptinfer.embedded.world.scene import Chance, sample_scene
 from adaptinfer.embedded.world.wordings import PLURALS
@@ -113,11 +114,17 @@ def test_practice_goes_on_from_an_export(trained, tmp_path, monkeypatch):
     train.export("toy", trained[0], tmp_path / "first")
     (tmp_path / "run").mkdir()
     assert practise(short, tmp_path / "run", 99, start=tmp_path / "first")
+    train.practice("toy", tmp_path / "run")  # goes on, or is done, without being told again
     train.export("toy", tmp_path / "run", tmp_path / "second")
     one, other = (AutoModelForImageTextToText.from_pretrained(tmp_path / name) for name in ("first", "second"))
     _same(dict(one.state_dict()), dict(other.state_dict()))
     with pytest.raises(train.typer.BadParameter, match="give --start"):
         train.practice("toy", tmp_path / "nothing")
+    for wrong in (embedded.path(), tmp_path / "nowhere"):
+        with pytest.raises(train.typer.BadParameter, match="is no checkpoint of the sizes of toy"):
+            train.practice("toy", tmp_path / "other", start=wrong)
+    with pytest.raises(train.typer.BadParameter, match="train the tower first"):
+        train.language("toy", tmp_path / "nothing")
     with pytest.raises(train.typer.BadParameter, match="nothing to export"):
         train.export("toy", tmp_path / "nothing", tmp_path / "third")
 
@@ -134,6 +141,8 @@ def test_the_record_keeps_the_phases_before(trained, tmp_path):
     card.record("toy", TOY, tmp_path / "run", tmp_path / "model", tmp_path)
     again = json.loads((tmp_path / "training.json").read_text())
     assert (again["phases"], again["curve"]) == (whole["phases"], whole["curve"])
+    with pytest.raises(ValueError, match="tells of the preset toy"):
+        card.record("cpu", PRESETS["cpu"], tmp_path / "run", tmp_path / "model", tmp_path)
 
 
 def _picture() -> Any:

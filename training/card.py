@@ -56,17 +56,23 @@ def record(preset: str, config: Config, run: Path, checkpoint: Path, results: Pa
 
     Phases that the run's folder has no log of, because it went on from an exported checkpoint, stay as they are
     recorded already.
+
+    Raises:
+        ValueError: what is recorded already is of another preset.
     """
     file = results / "training.json"
     recorded = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"phases": {}, "curve": []}
+    if recorded["phases"] and recorded["preset"] != preset and not (run / "language.jsonl").exists():
+        raise ValueError(f"{file} tells of the preset {recorded['preset']}; {run} has no log of phase 2 to replace it")
     phases, curves = {}, {"language": [row for row in recorded["curve"] if "phase" not in row]}
     for name, batch in {"tower": config.tower_batch, "language": config.batch, "practice": config.batch}.items():
         log = run / f"{name}.jsonl"
         if log.exists():
-            rows = [json.loads(line) for line in log.read_text().splitlines()]
+            read = map(json.loads, log.read_text().splitlines())
+            rows = [*{row["step"]: row for row in read}.values()]  # stopped between log and save: it is there twice
             phases[name] = {"steps": rows[-1]["step"], "batch": batch, "seconds": rows[-1]["seconds"]}
             curves[name] = rows
-        elif name in recorded["phases"]:
+        elif name in recorded["phases"] and recorded["preset"] == preset:
             phases[name] = recorded["phases"][name]
     before = curves["language"][-1]["step"] if curves["language"] else 0
     practised = [{**row, "step": before + row["step"], "phase": "practice"} for row in curves.get("practice", ())]

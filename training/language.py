@@ -180,7 +180,9 @@ def practise(config: Config, out: Path, minutes: float, start: Path | None = Non
     """
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, config).to(device())
-    if start is not None:
+    if (out / "practice.pt").exists():
+        pass  # everything is loaded from there
+    elif start is not None:
         model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32).state_dict())
     else:
         learnt = torch.load(out / "language.pt", map_location=device(), weights_only=True)

@@ -8,13 +8,14 @@
     python training/train.py measure                 # evaluate the shipped checkpoint: benchmarks/results/embedded/
     python training/train.py card --preset cpu       # model card, its pictures and the README's table, from these
 
-The first two phases are LLaVA's: a tower that already sees, frozen, then a language model that learns to use it. Each
-goes on from its last save, exactly as if it had never stopped, and stops by itself after ``--minutes``. What a scene is
-and what is asked about it is defined in `adaptinfer.embedded.world`; nothing of that is repeated here.
+The first two phases are LLaVA's: a tower that already sees, frozen, then a language model that learns to use it. Every
+phase goes on from its last save, exactly as if it had never stopped, and stops by itself after ``--minutes``. What a
+scene is and what is asked about it is defined in `adaptinfer.embedded.world`; nothing of that is repeated here.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -51,18 +52,27 @@ def _settle(preset: str, out: Path | None) -> tuple[Config, Path]:
     return PRESETS[preset], folder
 
 
+def _tell(done: bool) -> bool:
+    """Say so if a phase stopped before its end."""
+    if not done:
+        print("stopped at a save before the end, as --minutes asked; run it again to go on")
+    return done
+
+
 @app.command()
 def tower(preset: Preset = "full", out: Out = None, minutes: Minutes = 1e9) -> None:
     """Train the vision tower on per-patch labels and on matching captions."""
     config, folder = _settle(preset, out)
-    train_tower(config, folder, minutes)
+    _tell(train_tower(config, folder, minutes))
 
 
 @app.command()
 def language(preset: Preset = "full", out: Out = None, minutes: Minutes = 1e9) -> None:
     """Train projector and language model on questions."""
     config, folder = _settle(preset, out)
-    train_language(config, folder, minutes)
+    if not (folder / "tower.pt").exists():
+        raise typer.BadParameter(f"there is no {folder / 'tower.pt'}; train the tower first", param_hint="--out")
+    _tell(train_language(config, folder, minutes))
 
 
 @app.command()
@@ -76,12 +86,21 @@ def practice(
 ) -> None:
     """Train projector and language model further, with drills."""
     config, folder = _settle(preset, out)
-    if start is None and not (folder / "language.pt").exists():
+    if (folder / "practice.pt").exists():
+        start = None  # it goes on from there
+    elif start is None and not (folder / "language.pt").exists():
         raise typer.BadParameter(
             f"there is no {folder / 'language.pt'} to go on from; train the phase before, or give --start",
             param_hint="--out",
         )
-    practise(config, folder, minutes, start)
+    try:
+        _tell(practise(config, folder, minutes, start))
+    except (OSError, RuntimeError) as error:
+        if start is None:
+            raise
+        raise typer.BadParameter(
+            f"{start}: is no checkpoint of the sizes of {preset} ({str(error).splitlines()[0]})", param_hint="--start"
+        ) from None
 
 
 @app.command()
@@ -115,7 +134,7 @@ def everything(
 ) -> None:
     """All phases and export in one go; ``--minutes`` counts for each phase."""
     config, folder = _settle(preset, out)
-    if all(phase(config, folder, minutes) for phase in (train_tower, train_language, practise)):
+    if _tell(all(phase(config, folder, minutes) for phase in (train_tower, train_language, practise))):
         export(preset, out, to)
 
 
@@ -146,7 +165,10 @@ def card(
     """Write the model card, its pictures, the training curve, and the README's table of accuracy."""
     config, folder = _settle(preset, out)
     if any(folder.glob("*.jsonl")):
-        record(preset, config, folder, CHECKPOINT, results)
+        try:
+            record(preset, config, folder, CHECKPOINT, results)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--preset") from None
     try:
         documents = read(results)
     except FileNotFoundError as error:
@@ -197,6 +219,11 @@ def draw_curves(rows: list[dict[str, Any]], file: Path) -> None:
     for colour, kind in zip(colours, [*rows[-1]["later"], *rows[-1]["pairs"]], strict=False):
         shares = [100 * {**row["later"], **row["pairs"]}.get(kind, float("nan")) for row in rows]
         lower.plot(steps, shares, label=kind, color=colour)
+    for row, after in itertools.pairwise(rows):
+        if after.get("phase") != row.get("phase"):
+            for plot in (upper, lower):
+                plot.axvline(row["step"], color="black", linewidth=0.8, linestyle=":")
+            upper.text(row["step"], 1.0, " practice", transform=upper.get_xaxis_transform(), va="top")
     lower.set(xlabel="step", ylabel="right answers on validation scenes, %")
     lower.legend(ncols=3, fontsize=8)
     figure.savefig(file, dpi=120, bbox_inches="tight")

@@ -38,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     for file in files:
         if file.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
             parser.error(f"{file}: must end in .png, .jpg or .webp")
+    if options.pair is not None and options.pair.resolve() == options.file.resolve():
+        parser.error(f"--pair {options.pair}: is the first picture's file; give another")
     if options.questions < 0:
         parser.error(f"--questions must be 0 or more, got {options.questions}")
 
