@@ -110,6 +110,9 @@ def hops(scene: Scene, chance: Chance) -> Question:
 
 def drill(scene: Scene, chance: Chance) -> list[Question]:
     """One of the drills; for a scene without hops a tally."""
-    which = chance.choice((tally, muster, hops))
-    asked = muster(scene, chance) if which is muster else [which(scene, chance)]
-    return asked if asked and asked[0].answer else [tally(scene, chance)]
+    which = chance.choice(("tally", "muster", "hops"))
+    if which == "muster" and (asked := muster(scene, chance)):
+        return asked
+    if which == "hops" and (hopped := hops(scene, chance)).answer:
+        return [hopped]
+    return [tally(scene, chance)]
