@@ -147,7 +147,7 @@ PRESETS: dict[str, Config] = {
         evaluate_every=100,
         practice=Practice(steps=3600, drilled=2700, easy=((2700, 16), (3200, 64))),
     ),
-    # Under half an hour on one data-centre GPU.
+    # For one data-centre GPU; half an hour is expected, never measured.
     "full": Config(
         grid=24,
         patch=14,
