@@ -391,6 +391,7 @@ def test_tables_and_plot_are_there(run):
     assert (folder / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_does_not_cost_the_figures():
     result = _invoke(*FAST, "--rounds", "1", "--budget", "24", "--new-tokens", "0", "--json", "/dev/full")
     assert result.exit_code == 2 and "adaptinfer 24" in result.stdout

@@ -448,7 +448,7 @@ def test_nothing_to_compile(models):
         adaptinfer.compile(models("llava"))
     with attach(models("llava"), Random(budget=0.3)):
         for wrong in ({"max_graphs": 0}, {"bucket": 0}):
-            with pytest.raises(InputError, match=f"{next(iter(wrong))}: must be a whole number from 1, not 0"):
+            with pytest.raises(InputError, match=f"{next(iter(wrong))}: must be a whole number from 1 on, not 0"):
                 adaptinfer.compile(models("llava"), **wrong)
 
 

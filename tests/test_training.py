@@ -120,8 +120,11 @@ def test_practice_goes_on_from_an_export(trained, tmp_path, monkeypatch):
     _same(dict(one.state_dict()), dict(other.state_dict()))
     with pytest.raises(train.typer.BadParameter, match="give --start"):
         train.practice("toy", tmp_path / "nothing")
-    for wrong in (embedded.path(), tmp_path / "nowhere"):
-        with pytest.raises(train.typer.BadParameter, match="is no checkpoint of the sizes of toy"):
+    for wrong, message in (
+        (embedded.path(), "of other sizes than the preset's"),
+        (tmp_path / "no", "is no checkpoint"),
+    ):
+        with pytest.raises(train.typer.BadParameter, match=message):
             train.practice("toy", tmp_path / "other", start=wrong)
     with pytest.raises(train.typer.BadParameter, match="train the tower first"):
         train.language("toy", tmp_path / "nothing")

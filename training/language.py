@@ -17,6 +17,7 @@ from tower import look
 from transformers import LlavaForConditionalGeneration
 
 from adaptinfer.embedded.world.wordings import PLURALS
+from adaptinfer.errors import InputError
 
 _LEAST = 0.25  # how often a kind that is always right is asked, beside one that is always wrong
 _PAIRS, _FOLLOW_UPS = 0.15, 0.3  # share of batches about two pictures, of conversations that refer back, about
@@ -176,18 +177,33 @@ def practise(config: Config, out: Path, minutes: float, start: Path | None = Non
         config: the run's; its ``practice`` says how.
         out: folder of the run.
         minutes: until the next save after these.
-        start: an exported checkpoint to go on from; the run's own phase 2 if None.
+        start: an exported checkpoint to go on from; the run's own phase 2 if None. A run that has begun needs neither.
+
+    Raises:
+        InputError: ``start`` is no checkpoint, or one of other sizes.
     """
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, config).to(device())
-    if (out / "practice.pt").exists():
-        pass  # everything is loaded from there
-    elif start is not None:
-        model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32).state_dict())
-    else:
-        learnt = torch.load(out / "language.pt", map_location=device(), weights_only=True)
-        model.load_state_dict(learnt["model"])
+    if not (out / "practice.pt").exists():
+        model.load_state_dict(_exported(start, model) if start else _learnt(out))
     return _learn_all(model, tokenizer, config.practising(), out / "practice.pt", minutes, aligned=True)
+
+
+def _learnt(out: Path) -> dict[str, Tensor]:
+    """What phase 2 ended with."""
+    return torch.load(out / "language.pt", map_location=device(), weights_only=True)["model"]
+
+
+def _exported(folder: Path, model: Model) -> dict[str, Tensor]:
+    """The weights of an exported checkpoint of the model's sizes. Raises InputError if it is none."""
+    try:
+        weights = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).state_dict()
+    except OSError as error:
+        raise InputError(f"{folder}: is no checkpoint ({str(error).splitlines()[0]})") from None
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if wanted != {name: tensor.shape for name, tensor in weights.items()}:
+        raise InputError(f"{folder}: is a checkpoint of other sizes than the preset's")
+    return weights
 
 
 def _learn_all(model: Model, tokenizer: Words, config: Config, saved: Path, minutes: float, aligned: bool) -> bool:

@@ -33,6 +33,8 @@ from pictures import attention, failures
 from safetensors.torch import load_file, save_file
 from tower import train_tower
 
+from adaptinfer.errors import InputError
+
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "src" / "adaptinfer" / "embedded" / "checkpoint"
 WORK = Path("build") / "embedded-card"
@@ -86,21 +88,15 @@ def practice(
 ) -> None:
     """Train projector and language model further, with drills."""
     config, folder = _settle(preset, out)
-    if (folder / "practice.pt").exists():
-        start = None  # it goes on from there
-    elif start is None and not (folder / "language.pt").exists():
+    if start is None and not any((folder / name).exists() for name in ("practice.pt", "language.pt")):
         raise typer.BadParameter(
             f"there is no {folder / 'language.pt'} to go on from; train the phase before, or give --start",
             param_hint="--out",
         )
     try:
         _tell(practise(config, folder, minutes, start))
-    except (OSError, RuntimeError) as error:
-        if start is None:
-            raise
-        raise typer.BadParameter(
-            f"{start}: is no checkpoint of the sizes of {preset} ({str(error).splitlines()[0]})", param_hint="--start"
-        ) from None
+    except InputError as error:
+        raise typer.BadParameter(str(error), param_hint="--start") from None
 
 
 @app.command()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["AdaptInferError", "InputError", "UnsupportedError"]
+from typing import Any
+
+__all__ = ["AdaptInferError", "InputError", "UnsupportedError", "check_whole"]
 
 
 class AdaptInferError(Exception):
@@ -15,3 +17,9 @@ class UnsupportedError(AdaptInferError, ValueError):
 
 class InputError(AdaptInferError, ValueError):
     """A picture, a question or a checkpoint that cannot be used; the message says which and why."""
+
+
+def check_whole(name: str, value: Any, least: int = 1) -> None:
+    """Raise InputError unless an argument is a whole number of at least ``least``; True is none."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name}: must be a whole number from {least} on, not {value!r}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adaptinfer.errors import InputError, UnsupportedError
+from adaptinfer.errors import InputError, UnsupportedError, check_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,7 @@ class PrefixCache:
     def __init__(self, model: Any, max_tokens: int = 4096) -> None:
         from adaptinfer.engine.families import placeholders_of
 
-        _check_whole("max_tokens", max_tokens)
+        check_whole("max_tokens", max_tokens)
         if model.config.model_type in _BOTH_DIRECTIONS:
             raise UnsupportedError(
                 f"{model.config.model_type} reads its prompt in both directions: what stands before an image depends "
@@ -87,7 +87,7 @@ class PrefixCache:
         """
         from transformers import DynamicCache
 
-        _check_whole("copies", copies)
+        check_whole("copies", copies)
         if "input_ids" not in inputs:
             raise InputError("inputs: there are no input_ids; give what the processor made")
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
@@ -127,8 +127,3 @@ class PrefixCache:
 
         with disabled(self._model) if is_attached(self._model) else nullcontext():
             return self._model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-
-
-def _check_whole(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name}: must be a whole number from 1, not {value!r}")

@@ -20,7 +20,7 @@ from adaptinfer.calibration.result import Calibration, Candidate, FrontierPoint,
 from adaptinfer.calibration.samples import ListSource, Source, open_source
 from adaptinfer.calibration.shifts import detect_shifts, distances
 from adaptinfer.calibration.store import PART, Recording, about, check_skipped, digest_of, record_part
-from adaptinfer.errors import InputError
+from adaptinfer.errors import InputError, check_whole
 from adaptinfer.schedule import ModelShape, Schedule, ScheduleError
 
 if TYPE_CHECKING:
@@ -122,11 +122,9 @@ def calibrate(
     """
     wanted = Budget(budget, flops)
     check_stages(stages)
-    for name, value, least in (("count", count, 1), ("seed", seed, 0)):
-        if name == "count" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"{name}: must be a whole number from {least} on, not {value!r}")
+    check_whole("seed", seed, 0)
+    if count is not None:
+        check_whole("count", count)
     method = method or _default_method()
     check_method(method)
     source: Source

@@ -18,7 +18,7 @@ from adaptinfer.engine.decoding_graph import DecodingGraph, Lease, LentLayer, gr
 from adaptinfer.engine.graphs import CudaGraphs, Graphs, Store
 from adaptinfer.engine.guards import arguments_of
 from adaptinfer.engine.prefill_graph import CACHE_NAMES, PrefillGraph, bucket_of
-from adaptinfer.errors import InputError
+from adaptinfer.errors import check_whole
 from adaptinfer.schedule import BEFORE
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def compile(model: Any, *, max_graphs: int = 16, bucket: int = 16) -> Compiled:
 
     Raises:
         AdaptInferError: no pruner is attached to the model.
-        InputError: ``max_graphs`` or ``bucket`` is below 1.
+        InputError: ``max_graphs`` or ``bucket`` is no whole number from 1 on.
     """
     handle = handle_of(model)
     device = next(handle.decoder.parameters()).device
@@ -68,8 +68,7 @@ class Compiled:
         self, handle: Handle, graphs: Graphs | None, device: torch.device, max_graphs: int, bucket: int
     ) -> None:
         for name, value in (("max_graphs", max_graphs), ("bucket", bucket)):
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name}: must be a whole number from 1, not {value!r}")
+            check_whole(name, value)
         self._handle, self._device, self._bucket = handle, device, bucket
         self._store: Store[Any] = Store(max_graphs, lambda: self._graphs.wait())
         self._said: set[str] = set()
