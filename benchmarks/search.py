@@ -3,8 +3,11 @@
     python benchmarks/search.py                               # the embedded model, validation scenes
     python benchmarks/search.py --candidates 12 --samples 64 128 256 -o build/results/small          # a first look
 
+    python benchmarks/search.py --around benchmarks/results/search.json -o build/results/around      # on from there
+
 Candidates (`search_space.py`) are AdaptInfer with one thing changed, for every value of every axis (an ablation by
-itself), and random combinations. They run by successive halving: every rung takes a third of them to more samples.
+itself), and random combinations; with `--around`, the same of what an earlier search found at each budget. They run by
+successive halving: every rung takes a third of them to more samples.
 All answers are in OUTPUT/answers.jsonl: a run that was stopped goes on, and one that is over prints its tables again.
 
 Figures of the last table are of samples that no earlier rung has seen. The best of many is still flattered by having
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import sys
 from collections import defaultdict
@@ -26,7 +30,7 @@ import numpy as np
 from common import RESULTS, write
 from rich.console import Console
 from rich.progress import Progress
-from search_space import Setting, candidates, pruner_of, reference
+from search_space import AXES, PLAIN, Setting, candidates, canonical, pruner_of, reference
 from search_tables import tables
 
 from adaptinfer import METHODS, InputError, Random, ScheduleError
@@ -51,6 +55,7 @@ class Search:
     journal: Journal
     settings: dict[str, Setting]  # by the name of the condition
     references: dict[float, str]  # names, by budget
+    starts: dict[float, Setting]  # whose changes the candidates are, by budget
     unmet: dict[float, int]  # candidates that a budget rules out
 
     def condition(self, name: str) -> Condition:
@@ -62,6 +67,11 @@ class Search:
         budget = self.condition(name).budget
         assert budget is not None
         return budget
+
+    def start_name(self, budget: float) -> str:
+        """Of the condition whose changes the candidates of a budget are: the reference, where that is AdaptInfer."""
+        of = (n for n, setting in self.settings.items() if self.budget(n) == budget and setting == self.starts[budget])
+        return next(of, self.references[budget])
 
     def answer(self, names: Iterable[str], batches: int) -> None:
         """Answer the first batches under these conditions, as far as that is not on disk."""
@@ -113,7 +123,7 @@ class Search:
         return entry
 
     def changes(self, batches: int) -> dict[str, dict[str, Any]]:
-        """Of each candidate of the first rung, its difference to the reference at its budget."""
+        """Of each candidate of the first rung, its difference to the start of its budget."""
         names = [c.name for c in self.plan.conditions]
         place = {name: n for n, name in enumerate(names)}
         records = [r for r in self.records(names, 0, batches) if "score" in r]
@@ -126,7 +136,7 @@ class Search:
         resamples = Resamples(sums, counts)
         found = {}
         for name in self.settings:
-            difference = resamples.difference(place[name], place[self.references[self.budget(name)]])
+            difference = resamples.difference(place[name], place[self.start_name(self.budget(name))])
             if math.isfinite(difference.value):
                 found[name] = dataclasses.asdict(difference) | {"verdict": verdict(difference)}
         return found
@@ -140,13 +150,14 @@ def set_up(options: argparse.Namespace) -> Search:
     shown = [Picture(sample.id, picture) for picture in task.pictures(sample)]
     vision_tokens = plan.checkpoint.prompt(shown, sample.turns[0].question).vision_tokens
     place = plan.checkpoint.num_layers, vision_tokens, plan.checkpoint.family.scoring
+    starts = starting_points(options.around, options.budgets)
     settings, references, unmet, conditions = {}, {}, {}, [Condition(VANILLA, VANILLA)]
     for budget in options.budgets:
         series, pruner = reference(budget, *place)
         references[budget] = f"{series} {budget:g}"
         conditions.append(Condition(references[budget], series, budget, pruner))
         unmet[budget] = 0
-        for number, setting in enumerate(candidates(options.candidates, options.seed)):
+        for number, setting in enumerate(candidates(options.candidates, options.seed, starts[budget])):
             try:
                 pruner = pruner_of(setting, budget, *place)
             except ScheduleError:
@@ -158,7 +169,27 @@ def set_up(options: argparse.Namespace) -> Search:
         for control in (Random(budget=budget), METHODS["random-before"](budget=budget)):
             conditions.append(Condition(f"{control.name} {budget:g}", control.name, budget, control, seeds=3))
     plan = dataclasses.replace(plan, conditions=tuple(conditions))
-    return Search(plan, Journal(options.output, plan.config()), settings, references, unmet)
+    return Search(plan, Journal(options.output, plan.config()), settings, references, starts, unmet)
+
+
+def starting_points(around: Path | None, budgets: Sequence[float]) -> dict[float, Setting]:
+    """The best setting that an earlier search found at each budget; AdaptInfer's without one.
+
+    Raises:
+        InputError: the file is none of a search, or says nothing of a budget.
+    """
+    if around is None:
+        return dict.fromkeys(budgets, PLAIN)
+    try:
+        found = json.loads(around.read_text())["finalists"]
+        starts = {budget: canonical(PLAIN | found[f"{budget:g}"][0]["setting"]) for budget in budgets}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        budgets_told = ", ".join(f"{budget:g}" for budget in budgets)
+        raise InputError(f"--around {around}: not figures of a search at {budgets_told} ({error})") from None
+    unknown = {axis: value for start in starts.values() for axis, value in start.items() if value not in AXES[axis]}
+    if unknown:
+        raise InputError(f"--around {around}: axes or values that this search does not have: {unknown}")
+    return starts
 
 
 def main() -> None:
@@ -169,6 +200,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.33, 0.22, 0.11, 0.06], help="true averages")
     parser.add_argument("--candidates", type=int, default=60, help="random combinations, beside single changes")
     parser.add_argument("--samples", type=int, nargs="+", default=[128, 384, 1536], help="of each rung, ascending")
+    parser.add_argument("--around", type=Path, metavar="JSON", help="figures of an earlier search, to go on from")
     parser.add_argument("--finalists", type=int, default=3, help="at each budget")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--device", default="auto")

@@ -34,7 +34,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "coverage": (0.0, 0.1, 0.25, 0.5),
     "covers": ("hidden", "keys", "even"),
     "before": (None, "divprune", "coverage", "fastervlm", "cdpruner"),
-    "room": (2.0, 1.5, 3.0),
+    "room": (2.0, 1.25, 1.5, 3.0),
     "shape": tuple(SHAPES),
 }
 """The first value of each is AdaptInfer's. ``room`` is what a selection before the model lets in, over the budget."""
@@ -49,25 +49,29 @@ def canonical(setting: Setting) -> Setting:
     return {axis: PLAIN[axis] if IDLE.get(axis) and not setting[IDLE[axis]] else setting[axis] for axis in AXES}
 
 
-def single_changes() -> list[Setting]:
-    """AdaptInfer with one axis moved; an axis that needs another one on comes with that at its first value that is."""
+def single_changes(start: Setting = PLAIN) -> list[Setting]:
+    """A setting with one axis moved; an axis that needs another one on comes with that at its first value that is."""
     found = []
     for axis, values in AXES.items():
-        needed = IDLE.get(axis)
-        switched = {needed: AXES[needed][-1 if needed == "coverage" else 1]} if needed else {}
-        found += [canonical(PLAIN | switched | {axis: value}) for value in values[1:]]
-    return found
+        needed, switched = IDLE.get(axis), {}
+        if needed and not start[needed]:
+            switched = {needed: AXES[needed][-1 if needed == "coverage" else 1]}
+        found += [canonical(start | switched | {axis: value}) for value in values if value != start[axis]]
+    return [setting for number, setting in enumerate(found) if setting not in found[:number]]
 
 
-def candidates(count: int, seed: int) -> list[Setting]:
-    """Single changes, then ``count`` random combinations, all different; the same for the same seed.
+def candidates(count: int, seed: int, start: Setting = PLAIN) -> list[Setting]:
+    """Single changes of a setting, it itself if it is not AdaptInfer, then ``count`` random combinations.
 
-    In a combination every axis is AdaptInfer's half of the time: what is wrong in many places teaches little of each.
+    All are different, and the same for the same seed. In a combination every axis is the start's half of the time: what
+    is wrong in many places teaches little of each.
     """
-    found, rng = single_changes(), random.Random(seed)
+    found, rng = single_changes(start), random.Random(seed)
+    found += [start] if start != PLAIN and start not in found else []
     wanted = len(found) + count
     while len(found) < wanted:
-        setting = canonical({axis: rng.choice(rng.choice((values, values[:1]))) for axis, values in AXES.items()})
+        setting = {axis: rng.choice(rng.choice((values, (start[axis],)))) for axis, values in AXES.items()}
+        setting = canonical(setting)
         if setting not in found and setting != PLAIN:
             found.append(setting)
     return found

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
-from search_space import AXES, IDLE, single_changes, told
+from search_space import AXES, IDLE, PLAIN, Setting, single_changes, told
 
 from adaptinfer.evaluation.conditions import VANILLA
 
@@ -57,19 +57,39 @@ def _finalists(search: Search, finalists: dict[float, list[str]], entry: dict[st
 
 
 def _single_changes(search: Search, changes: dict[str, Any]) -> Table:
-    table = _by_budget(search, "AdaptInfer with one thing changed, first rung: points to AdaptInfer")
-    for setting in single_changes():
-        cells = []
-        for budget in search.references:
-            same = [n for n, each in search.settings.items() if each == setting and search.budget(n) == budget]
-            change = changes.get(same[0]) if same else None
-            cells.append("" if change is None else _points(change, change["verdict"]))
-        table.add_row(told(setting), *cells)
+    from_adaptinfer = all(start == PLAIN for start in search.starts.values())
+    start = "AdaptInfer" if from_adaptinfer else "the start"
+    table = _by_budget(search, f"{start[0].upper()}{start[1:]} with one thing changed, first rung: points to {start}")
+    if not from_adaptinfer:
+        table.add_row("[dim]the start[/dim]", *(f"[dim]{told(search.starts[b])}[/dim]" for b in search.references))
+    for axis, values in AXES.items():
+        for value in values:
+            cells = []
+            for budget in search.references:
+                singles = single_changes(search.starts[budget])
+                same = [
+                    name
+                    for name, each in search.settings.items()
+                    if each in singles
+                    and search.budget(name) == budget
+                    and each[axis] == value != search.starts[budget][axis]
+                    and _moved(search.starts[budget], each) == axis
+                ]
+                change = changes.get(same[0]) if same else None
+                cells.append("" if change is None else _points(change, change["verdict"]))
+            if any(cells):
+                table.add_row(f"{axis} {value}", *cells)
     return table
 
 
+def _moved(start: Setting, setting: Setting) -> str:
+    """The axis in which a single change differs; where another one had to be switched on for it, still that one."""
+    moved = [axis for axis in AXES if setting[axis] != start[axis]]
+    return next((axis for axis in moved if axis in IDLE and not start[IDLE[axis]]), moved[0])
+
+
 def _axes(search: Search, changes: dict[str, Any]) -> Table:
-    table = _by_budget(search, "Random combinations, first rung: mean points to AdaptInfer of those with a value")
+    table = _by_budget(search, "Random combinations, first rung: mean points to the start of those with a value")
     for axis, value, means in axis_means(search, changes):
         table.add_row(f"{axis} {value}", *("" if mean is None else f"{100 * mean:+.1f}" for mean in means.values()))
     return table
@@ -87,7 +107,7 @@ def axis_means(
     search: Search, changes: dict[str, dict[str, Any]]
 ) -> Iterable[tuple[str, Any, dict[float, float | None]]]:
     """Per axis and value, the mean difference of random combinations that have it, by budget."""
-    singles = single_changes()
+    singles = {budget: single_changes(start) for budget, start in search.starts.items()}
     for axis, values in AXES.items():
         for value in values:
             means: dict[float, float | None] = {}
@@ -97,7 +117,7 @@ def axis_means(
                     for name, setting in search.settings.items()
                     if setting[axis] == value
                     and (axis not in IDLE or setting[IDLE[axis]])
-                    and setting not in singles
+                    and setting not in singles[budget]
                     and name in changes
                     and search.budget(name) == budget
                 ]

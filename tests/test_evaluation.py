@@ -576,7 +576,7 @@ def test_the_report_is_one_file_and_shows_everything():
         "It loses to",
     ):
         assert line in markdown
-    assert "cannot \\| <b>" in markdown and "cannot | &lt;b&gt;" in page
+    assert "broken 0.1: cannot | \\<b>." in markdown and "broken 0.1: cannot | &lt;b&gt;." in page
     assert "data:image/png;base64," in page and "http" not in page
     for part in markdown.split("\n\n"):
         lines = part.splitlines()
@@ -584,10 +584,39 @@ def test_the_report_is_one_file_and_shows_everything():
             assert len({line.count("|") - line.count("\\|") for line in lines}) == 1, part
 
 
+def test_the_report_tells_many_methods_at_a_glance():
+    """A line a method, its budgets beside each other, the best mean first; those that miss a budget behind them."""
+    (task,) = finite(summarise(*_records()))
+    vanilla, ours, *_ = task["conditions"]
+
+    def row(series, budget, accuracy):
+        said = {"name": f"{series} {budget}", "series": series, "budget": budget}
+        return ours | said | {"accuracy": {"value": accuracy, "low": None, "high": None}}
+
+    rows = [row("a", 0.3, 0.7), row("b", 0.3, 0.8), row("c", 0.3, 0.9), row("a", 0.1, 0.5), row("b", 0.1, 0.6)]
+    refused = {"c 0.1": "too little", "d 0.1": "no tower", "e 0.1": "too little"}
+    document = {
+        "command": "",
+        "environment": dict.fromkeys(("date", "gpu", "cpu", "adaptinfer", "torch", "transformers"), "x"),
+        "setup": {"model": "m", "device": "cpu", "dtype": "float32", "batch": 2},
+        "tasks": [task | {"conditions": [vanilla, *rows], "pairs": [], "refused": refused}],
+        "latency": None,
+    }
+    markdown = to_markdown(blocks(document, {}))
+    assert (
+        "|  | 0.3 | 0.1 |\n| --- | ---: | ---: |\n| b | 80.0 | 60.0 |\n| a | 70.0 | 50.0 |\n| c | 90.0 | – |"
+        in markdown
+    )
+    assert "c 0.1, e 0.1: too little." in markdown and "d 0.1: no tower." in markdown
+    document["tasks"][0]["conditions"] = [vanilla, *rows[:3]]
+    assert "at each budget" not in to_markdown(blocks(document, {})), "one budget is the main table"
+
+
 def test_published_figures_stand_only_where_they_were_published():
     assert str(published_for("adaptinfer", 64 / 576)) == "93.1 % at true 82.9"
     assert published_for("adaptinfer", 0.33) is None and published_for("ours", 64 / 576) is None
-    assert published_for("FastV", 0.11) is not None
+    assert published_for("FastV", 0.11) is not None and published_for("STAR-Pro", 0.11) is not None
+    assert published_for("sparsevlm+", 0.11) is None, "SparseVLM's figure is none of SparseVLM+"
 
 
 def test_a_published_table_from_what_lmms_eval_leaves(tmp_path, capsys, monkeypatch):

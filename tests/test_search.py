@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import search
 import search_space
+import search_tables
 from search_space import AXES, PLAIN, candidates, canonical, pruner_of, reference, single_changes, told
 
 
@@ -32,6 +33,21 @@ def test_candidates_are_single_changes_and_then_random_ones():
     assert len({json.dumps(setting) for setting in found}) == len(found)
     for axis, values in AXES.items():
         assert {setting[axis] for setting in singles} == set(values)
+
+
+def test_candidates_around_a_setting():
+    """Every value of every axis once, one step away; the start itself; combinations of its values and others."""
+    start = canonical(PLAIN | {"words": "max", "before": "coverage", "room": 1.5, "shape": "one late"})
+    singles, found = single_changes(start), candidates(25, seed=3, start=start)
+    assert found[: len(singles) + 1] == [*singles, start]
+    assert len({json.dumps(setting) for setting in found}) == len(found) == len(singles) + 26
+    for axis, values in AXES.items():
+        moved = [setting for setting in singles if search_tables._moved(start, setting) == axis]
+        assert sorted(map(str, (setting[axis] for setting in moved))) == sorted(
+            str(value) for value in values if value != start[axis]
+        )
+    alike = sum(setting[axis] == start[axis] for setting in found[-25:] for axis in AXES)
+    assert alike > 25 * len(AXES) / 2, "half of the time the start's, and by chance more often"
 
 
 def test_settings_in_words():
@@ -82,7 +98,7 @@ def test_best_is_the_most_accurate_and_then_the_nearest_to_vanilla():
     records += [{"condition": "d", "batch": 2, "score": 1, "kl": 0}] * 5 + [
         {"condition": "e", "batch": 0, "refused": ""}
     ]
-    found = search.Search(None, SimpleNamespace(records=lambda: records), {}, {}, {})  # pyright: ignore
+    found = search.Search(None, SimpleNamespace(records=lambda: records), {}, {}, {}, {})  # pyright: ignore
     assert found.best(["a", "b", "c", "d", "e"], 2, 3) == ["c", "b", "a"]
     assert found.best(["d", "a"], 3, 1) == ["d"], "5/7 against 1/2"
 
@@ -91,7 +107,7 @@ def test_best_is_the_most_accurate_and_then_the_nearest_to_vanilla():
 def few_axes(monkeypatch):
     few = {axis: values[:1] for axis, values in AXES.items()} | {"words": ("soft", "union"), "heads": (1.0, 0.5)}
     few["before"] = (None, "coverage")
-    for module in (search_space, sys.modules["search_tables"]):
+    for module in (search_space, search_tables, search):
         monkeypatch.setattr(module, "AXES", few)
 
 
@@ -148,6 +164,36 @@ def test_a_search_is_halved_and_goes_on_after_a_stop(monkeypatch, tmp_path, caps
     assert results["last_rung"]["answers"] == 4, "only what no earlier rung has seen"
     assert "cannot meet it" in first and "AdaptInfer with one thing changed" in first
     assert f"eval --task world --samples 2000 --budget 0.22 --pruner {out}/best-0.22" in first
+
+    around = [str(tmp_path / "around") if part == str(out) else part for part in command]
+    monkeypatch.setattr(sys, "argv", [*around, "--around", str(tmp_path / "r.json")])
+    search.main()
+    first = capsys.readouterr().out
+    assert "The start with one thing changed" in first
+    told_starts = next(line for line in first.splitlines() if line.startswith("│ the start "))
+    for budget in ("0.22", "0.06"):
+        setting = results["finalists"][budget][0]["setting"]
+        assert told(setting)[:12] in told_starts
+        at_start = json.loads((tmp_path / "r.json").read_text())["first_rung"]
+        (mine,) = (each for name, each in at_start.items() if name.endswith(budget) and each["setting"] == setting)
+        assert mine["value"] == 0.0 == mine["low"] == mine["high"], "the start less itself"
+
+
+def test_a_wrong_file_to_go_on_from_is_refused(monkeypatch, tmp_path, capsys):
+    best = {"setting": PLAIN}
+    wrong = {
+        "missing": (None, "No such file"),
+        "no-json": ("{", "not figures of a search"),
+        "another": (json.dumps({"finalists": {"0.5": [best]}}), "at 0.33"),
+        "unknown": (json.dumps({"finalists": {"0.33": [{"setting": PLAIN | {"words": "loudest"}}]}}), "loudest"),
+    }
+    for name, (content, said) in wrong.items():
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        monkeypatch.setattr(sys, "argv", ["search.py", "--budgets", "0.33", "--around", str(tmp_path / name)])
+        with pytest.raises(SystemExit):
+            search.main()
+        assert said in capsys.readouterr().err
 
 
 def test_test_scenes_are_not_searched_on(monkeypatch, capsys):

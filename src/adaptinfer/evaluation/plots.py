@@ -40,7 +40,8 @@ def draw(task: dict[str, Any], latency: dict[str, Any] | None) -> bytes:
     ]
     if times:
         panels.append(("time to first token, ms, one prompt", lambda entry: _median_ttft(times, entry["name"])))
-    figure = Figure(figsize=(4.6 * len(panels), 4.6), layout="constrained", facecolor=_PAPER)
+    height = 4.6 if len(_series(task)) <= len(_COLOURS) else 7.2  # many lines need room
+    figure = Figure(figsize=(4.6 * len(panels), height), layout="constrained", facecolor=_PAPER)
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, (label, cost) in zip(axes, panels, strict=True):
         _panel(axis, task, cost, label)
@@ -86,10 +87,11 @@ def _panel(axes: Axes, task: dict[str, Any], cost: Any, label: str) -> None:
             marker=marker,
             markersize=5.5,
             linestyle=line,
-            linewidth=1.4,
+            linewidth=2.6 if methods == 1 and colour != _QUIET else 1.3,  # the method that the others are held against
             elinewidth=1.0,
             capsize=2.5,
             label=series,
+            zorder=3 if methods == 1 else 2,
         )
     axes.set_xlim(left=0)
     axes.set_xlabel(label, color=_INK)

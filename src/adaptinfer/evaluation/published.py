@@ -47,9 +47,9 @@ def published_for(series: str, share: float) -> Published | None:
     """The printed figure for a method, at the budget that it was printed for; None elsewhere.
 
     Args:
-        series: the method's name; blanks, marks and case do not matter.
+        series: the method's name; blanks, hyphens and case do not matter, a "+" makes another method.
         share: of the vision tokens that a layer is given here.
     """
     if abs(share - _NOMINAL_SHARE) > _NEAR:
         return None
-    return _PUBLISHED.get("".join(letter for letter in series.lower() if letter.isalnum()))
+    return _PUBLISHED.get("".join(letter for letter in series.lower() if letter.isalnum() or letter == "+"))

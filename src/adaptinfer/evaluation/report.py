@@ -139,11 +139,15 @@ def _task(task: dict[str, Any], picture: Picture | None) -> list[Block]:
             Text(f"{len(task['skipped'])} samples could not be used and are in no figure, as {first[0]}: {first[1]}.")
         )
     if task["refused"]:
-        found += [Text("Not run:"), Table(["", "reason"], [[name, why] for name, why in task["refused"].items()])]
+        reasons: dict[str, list[str]] = {}
+        for name, why in task["refused"].items():
+            reasons.setdefault(why, []).append(name)
+        found += [Text("Not run:"), *(Text(f"{', '.join(names)}: {why}.") for why, names in reasons.items())]
     entries = task["conditions"]
     if not entries:
         return found
     found += [picture] if picture else []
+    found += _by_budget(entries)
     found += _main(entries)
     found += [Heading("Against vanilla, answer by answer", 3), _changes(entries)]
     if len(task["kinds"]) > 1:
@@ -153,6 +157,25 @@ def _task(task: dict[str, Any], picture: Picture | None) -> list[Block]:
     if any(entry["yes_no"] for entry in entries):
         found += [Heading("Yes or no", 3), _yes_no(entries)]
     return found + _pairs(task)
+
+
+def _by_budget(entries: list[dict[str, Any]]) -> list[Block]:
+    """Accuracy alone, a line a method, for an eye that looks for the best; nothing where there is little to compare."""
+    budgets = list(dict.fromkeys(entry["budget"] for entry in entries if entry["budget"] is not None))
+    values: dict[str, dict[float, float]] = {}
+    for entry in entries:
+        if entry["budget"] is not None and entry["accuracy"]["value"] is not None:
+            values.setdefault(entry["series"], {})[entry["budget"]] = entry["accuracy"]["value"]
+    if len(budgets) < 2 or len(values) < 3:
+        return []
+    ranked = sorted(values, key=lambda series: (-len(values[series]), -sum(values[series].values())))
+    rows = [[series, *(_percent(values[series].get(budget)) for budget in budgets)] for series in ranked]
+    return [
+        Heading("Accuracy at each budget, %", 3),
+        Text("Most budgets first, then the best mean; without intervals, which stand in the next table."),
+        Table(["", *(f"{budget:g}" for budget in budgets)], rows),
+        Heading("Every row", 3),
+    ]
 
 
 def _main(entries: list[dict[str, Any]]) -> list[Block]:
@@ -295,7 +318,7 @@ def to_markdown(found: Sequence[Block]) -> str:
             case Heading():
                 parts.append(f"{'#' * block.level} {block.text}")
             case Text():
-                parts.append(block.text)
+                parts.append(block.text.replace("<", "\\<"))
             case Picture():
                 parts.append(f"![{block.text}]({block.path})")
             case Table():
@@ -354,7 +377,7 @@ _PAGE = """<!doctype html>
 
 _STYLE = """
 body { margin: 0; background: #fff; color: #1d2733; font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 76rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+main { max-width: 84rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; margin: 0 0 1rem; }
 h2 { font-size: 1.3rem; margin: 2.5rem 0 .75rem; padding-top: 1rem; border-top: 1px solid #e4e8ec; }
 h3 { font-size: 1.05rem; margin: 1.75rem 0 .5rem; }
