@@ -4,10 +4,11 @@
     python benchmarks/search.py --candidates 12 --samples 64 128 256 -o build/results/small          # a first look
 
     python benchmarks/search.py --around benchmarks/results/search.json -o build/results/around      # on from there
+    python benchmarks/search.py --around adaptinfer+ --candidates 0 --samples 640 -o build/results/ablation
 
 Candidates (`search_space.py`) are AdaptInfer with one thing changed, for every value of every axis (an ablation by
-itself), and random combinations; with `--around`, the same of what an earlier search found at each budget. They run by
-successive halving: every rung takes a third of them to more samples.
+itself), and random combinations; with `--around`, the same of what an earlier search found at each budget, or of
+adaptinfer+. They run by successive halving: every rung takes a third of them to more samples.
 All answers are in OUTPUT/answers.jsonl: a run that was stopped goes on, and one that is over prints its tables again.
 
 Figures of the last table are of samples that no earlier rung has seen. The best of many is still flattered by having
@@ -30,10 +31,10 @@ import numpy as np
 from common import RESULTS, write
 from rich.console import Console
 from rich.progress import Progress
-from search_space import AXES, PLAIN, Setting, candidates, canonical, pruner_of, reference
+from search_space import AXES, OURS, PLAIN, Setting, candidates, canonical, pruner_of, reference
 from search_tables import tables
 
-from adaptinfer import METHODS, InputError, Random, ScheduleError
+from adaptinfer import METHODS, AdaptInferPlus, InputError, Random, ScheduleError
 from adaptinfer.ask import EMBEDDED
 from adaptinfer.evaluation.conditions import VANILLA, Condition
 from adaptinfer.evaluation.journal import Journal, Record
@@ -173,13 +174,15 @@ def set_up(options: argparse.Namespace) -> Search:
 
 
 def starting_points(around: Path | None, budgets: Sequence[float]) -> dict[float, Setting]:
-    """The best setting that an earlier search found at each budget; AdaptInfer's without one.
+    """The best setting that an earlier search found at each budget, or that of adaptinfer+; AdaptInfer's without one.
 
     Raises:
         InputError: the file is none of a search, or says nothing of a budget.
     """
     if around is None:
         return dict.fromkeys(budgets, PLAIN)
+    if str(around) == AdaptInferPlus.name:
+        return dict.fromkeys(budgets, OURS)
     try:
         found = json.loads(around.read_text())["finalists"]
         starts = {budget: canonical(PLAIN | found[f"{budget:g}"][0]["setting"]) for budget in budgets}
@@ -200,7 +203,9 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.33, 0.22, 0.11, 0.06], help="true averages")
     parser.add_argument("--candidates", type=int, default=60, help="random combinations, beside single changes")
     parser.add_argument("--samples", type=int, nargs="+", default=[128, 384, 1536], help="of each rung, ascending")
-    parser.add_argument("--around", type=Path, metavar="JSON", help="figures of an earlier search, to go on from")
+    parser.add_argument(
+        "--around", type=Path, metavar="JSON", help="figures of an earlier search, to go on from, or adaptinfer+"
+    )
     parser.add_argument("--finalists", type=int, default=3, help="at each budget")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--device", default="auto")

@@ -1068,6 +1068,20 @@ MUTANTS = [
         "tests/test_engine_before.py::test_heads_joined_into_one",
     ),
     Mutant(
+        "ours: the prior in place of the largest vote",
+        "pruners/adaptinferplus.py",
+        'TextGuided(budget=1, words="max")',
+        "TextGuided(budget=1)",
+        "tests/test_engine_before.py::test_ours_is_divprune_and_then_the_largest_vote_of_any_word",
+    ),
+    Mutant(
+        "ours: the stages are AdaptInfer's",
+        "pruners/adaptinferplus.py",
+        "possible=scoring, like=_STAGES)",
+        "possible=scoring)",
+        "tests/test_engine_before.py::test_stages_of_ours_by_hand",
+    ),
+    Mutant(
         "published code: VScan looks at the stage's own layer",
         "pruners/vscan.py",
         "from adaptinfer.pruners.pyramiddrop import PyramidDrop",

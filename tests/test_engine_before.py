@@ -19,6 +19,7 @@ import adaptinfer
 from adaptinfer import (
     METHODS,
     AdaptInfer,
+    AdaptInferPlus,
     Composed,
     DivPrune,
     FasterVLM,
@@ -31,6 +32,7 @@ from adaptinfer import (
     ScheduleError,
     Stage,
     STARPro,
+    TextGuided,
     UnsupportedError,
     VisionZip,
     VisPruner,
@@ -102,12 +104,16 @@ def test_keeps_exactly_the_budget_in_order_alone_and_in_a_batch(models, method, 
     longest = max(map(len, samples))
     for b, prompt in enumerate(samples):
         _, alone = run(model, tiny.batch(family, [prompt]), pruner)
-        planned = pruner.plan(tiny.LAYERS, prompt.count(tiny.IMAGE)).keeps() if prompt.images else (0,) * 3
-        for s, rows in enumerate(together.kept):
-            assert len(rows[b]) == planned[s]
+        vision = prompt.count(tiny.IMAGE)
+        planned = pruner.plan(tiny.LAYERS, vision).tokens_per_layer(vision) if vision else (0,) * tiny.LAYERS
+        by_layer = {stage.layer: rows[0] for stage, rows in zip(alone.stages, alone.kept, strict=True)}
+        kept = None
+        for stage, rows in zip(together.stages, together.kept, strict=True):
+            assert len(rows[b]) == planned[stage.layer + 1]
             assert (inputs["input_ids"][b, rows[b]] == tiny.IMAGE).all() and (rows[b].diff() > 0).all()
-            if prompt.images:
-                assert (rows[b] - (longest - len(prompt))).tolist() == alone.kept[s][0].tolist()
+            if vision:  # a stage that is one of another row's alone keeps what is there
+                kept = by_layer.get(stage.layer, kept)
+                assert kept is not None and (rows[b] - (longest - len(prompt))).tolist() == kept.tolist()
 
 
 @each_method
@@ -481,6 +487,43 @@ def test_vscan_is_its_scans_and_pyramiddrops_stage(models):
         assert torch.equal(one[0], other[0])
 
 
+def test_ours_is_divprune_and_then_the_largest_vote_of_any_word(models):
+    model, inputs, ours = models("llava"), tiny.batch("llava", prompts("llava")[:1]), AdaptInferPlus(budget=16)
+    before, *inside = ours.plan(tiny.LAYERS, 49).stages
+    assert before == Stage(-1, 32) and len(inside) > 1
+    first, rest = (Schedule(tuple(stages), tiny.LAYERS) for stages in ([before], inside))
+    _, whole = run(model, inputs, ours)
+    _, composed = run(model, inputs, DivPrune(schedule=first) >> TextGuided(schedule=rest, words="max"))
+    _, soft = run(model, inputs, DivPrune(schedule=first) >> TextGuided(schedule=rest))
+    for one, other in zip(whole.kept, composed.kept, strict=True):
+        assert torch.equal(one[0], other[0])
+    assert any(not torch.equal(one[0], other[0]) for one, other in zip(whole.kept, soft.kept, strict=True))
+
+
+def test_stages_of_ours_by_hand():
+    """Twice the budget goes in; layers 1, 10 and 20 of 32 then keep 4 : 2 : 1, which makes the budget the average."""
+    at = AdaptInferPlus(budget=64).plan(32, 576)
+    assert [stage.layer for stage in at.stages] == [-1, 1, 10, 20] and at.tokens_per_layer(576)[0] == 128
+    assert at.true_average(576) == pytest.approx(64, rel=0.01)
+    first, second, third = (stage.keep for stage in at.stages[1:])
+    assert first / second == pytest.approx(2, rel=0.05) and second / third == pytest.approx(2, rel=0.05)
+    assert AdaptInferPlus(budget=64, entering=1).plan(32, 576).stages == (Stage(-1, 64),)
+    assert AdaptInferPlus(budget=0.6).plan(32, 576).stages[0].layer >= 0, "twice that is more than there is"
+    assert AdaptInferPlus(budget=0.06).plan(12, 256).true_average(256) <= 0.06 * 256, "AdaptInfer cannot: layer 0"
+    for wrong in (0.5, True, "2"):
+        with pytest.raises(PrunerError, match="entering: must be a number from 1"):
+            AdaptInferPlus(budget=64, entering=wrong)  # pyright: ignore[reportArgumentType]
+
+
+@given(st.integers(4, 600), st.floats(0.02, 1.0), st.floats(1.0, 4.0), st.sampled_from([6, 12, 28, 32]))
+def test_ours_meets_any_true_average(vision, share, entering, layers):
+    wanted = max(1.0, share * vision)
+    plan = AdaptInferPlus(budget=wanted, entering=entering).plan(layers, vision)
+    spans = [stage.layer for stage in plan.stages] or [layers - 1]
+    longest = max((after - layer for layer, after in zip(spans, [*spans[1:], layers - 1], strict=True)), default=1)
+    assert abs(plan.true_average(vision) - wanted) <= max(0.01 * wanted, 0.5 * longest / layers) + 1e-6
+
+
 def test_papers_drop_tokens_before_they_number_them():
     for method in (DivPrune, FasterVLM, VisionZip, VScan):
         assert method.paper(64).positions == "compact" and method(budget=64).positions == "keep"
@@ -504,6 +547,7 @@ def test_a_composition_by_hand():
         >> AdaptInfer(schedule=Schedule((Stage(2, 0.5),), 6)),
         VScan(budget=64, merge=False),
         STARPro(budget=0.2),
+        AdaptInferPlus(budget=0.2, entering=3),
     ],
     ids=lambda pruner: pruner.name,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -13,7 +14,7 @@ import stand_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptinfer import AdaptInfer, Composed, ScheduleError, TextGuided, from_pretrained
+from adaptinfer import AdaptInfer, AdaptInferPlus, Composed, ScheduleError, TextGuided, from_pretrained
 from adaptinfer.evaluation.world import WorldTask
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -86,6 +87,18 @@ def test_the_plain_setting_is_adaptinfer():
     assert reference(0.11, 12, 64, None)[0] == "adaptinfer"
     name, pruner = reference(0.06, 12, 64, None)  # layer 0 alone is given 64 of 46 token-layers
     assert name == "divprune >> adaptinfer" and pruner.plan(12, 64).true_average(64) <= 0.06 * 64
+
+
+@pytest.mark.parametrize("budget", [0.33, 0.22, 0.11, 0.06])
+@pytest.mark.parametrize("model", [(12, 256), (32, 576)])
+def test_ours_is_what_the_package_ships(budget, model):
+    searched, shipped = pruner_of(search_space.OURS, budget, *model), AdaptInferPlus(budget=budget)
+    assert searched.plan(*model) == shipped.plan(*model)
+    assert isinstance(searched, Composed)
+    before, inside = shipped.parts
+    assert type(searched.before) is type(before) and isinstance(searched.inside, TextGuided)
+    assert dataclasses.replace(searched.inside, schedule=None, budget=1) == inside
+    assert search.starting_points(Path("adaptinfer+"), [budget]) == {budget: search_space.OURS}
 
 
 def test_best_is_the_most_accurate_and_then_the_nearest_to_vanilla():

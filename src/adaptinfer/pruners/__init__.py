@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from adaptinfer.pruners.adaptinfer import AdaptInfer
+from adaptinfer.pruners.adaptinferplus import AdaptInferPlus
 from adaptinfer.pruners.base import Pruner, PrunerError
 from adaptinfer.pruners.before_controls import RandomBefore, StrideBefore
 from adaptinfer.pruners.cdpruner import CDPruner
@@ -33,6 +34,7 @@ __all__ = [
     "FEATHER",
     "METHODS",
     "AdaptInfer",
+    "AdaptInferPlus",
     "CDPruner",
     "Composed",
     "Coverage",
@@ -95,6 +97,6 @@ _BEFORE = (
     StrideBefore,
 )
 
-_BOTH = (VScan, STARPro)
+_BOTH = (AdaptInferPlus, VScan, STARPro)
 
 METHODS: dict[str, type[Pruner]] = {method.name: method for method in (*_INSIDE, *_BEFORE, *_BOTH)}
