@@ -612,6 +612,42 @@ def test_the_report_tells_many_methods_at_a_glance():
     assert "at each budget" not in to_markdown(blocks(document, {})), "one budget is the main table"
 
 
+def test_the_report_says_where_ours_loses_and_in_what():
+    """AdaptInfer is held against the others though it does not stand first; kinds by how many answers they cost."""
+    (task,) = finite(summarise(*_records()))
+    vanilla, ours, _ = task["conditions"]
+    right = {"value": 1.0, "low": None, "high": None}
+    vanilla = vanilla | {"kinds": {"exists": right, "where": right, "odd": right}}
+
+    def row(series, exists, where, odd):
+        values = {"exists": exists, "where": where, "odd": odd}
+        kinds = {kind: {"value": value, "low": None, "high": None} for kind, value in values.items()}
+        return ours | {"name": f"{series} 0.1", "series": series, "kinds": kinds}
+
+    rows = [row("fastv", 0.9, 0.9, 1.0), row("adaptinfer", 0.8, 0.95, 0.5), row("dart", 0.8, 0.9, 0.5)]
+    difference = {"value": 0.04, "low": 0.01, "high": 0.06}
+    pairs = [
+        {"first": "fastv 0.1", "second": "adaptinfer 0.1", "difference": difference, "verdict": "better"},
+        {"first": "fastv 0.1", "second": "dart 0.1", "difference": difference, "verdict": "better"},
+        {"first": "adaptinfer 0.1", "second": "dart 0.1", "difference": difference, "verdict": "open"},
+    ]
+    counts = {"exists": 100, "where": 100, "odd": 4}
+    document = {
+        "command": "",
+        "environment": dict.fromkeys(("date", "gpu", "cpu", "adaptinfer", "torch", "transformers"), "x"),
+        "setup": {"model": "m", "device": "cpu", "dtype": "float32", "batch": 2},
+        "tasks": [task | {"conditions": [vanilla, *rows], "pairs": pairs, "kinds": counts}],
+        "latency": None,
+    }
+    markdown = to_markdown(blocks(document, {}))
+    first, second = markdown.split("### fastv against the others")[1].split("### adaptinfer against the others")
+    assert "It loses to none" in first and "dart against" not in markdown
+    assert "| fastv 0.1 | adaptinfer 0.1 | +4.0 (+1.0 to +6.0) | better |  |" in first
+    assert "It loses: adaptinfer 0.1 to fastv." in second
+    assert "| adaptinfer 0.1 | fastv 0.1 | -4.0 (-6.0 to -1.0) | worse | exists (-10.0), odd (-50.0) |" in second
+    assert "| adaptinfer 0.1 | dart 0.1 | +4.0 (+1.0 to +6.0) | open |  |" in second
+
+
 def test_published_figures_stand_only_where_they_were_published():
     assert str(published_for("adaptinfer", 64 / 576)) == "93.1 % at true 82.9"
     assert published_for("adaptinfer", 0.33) is None and published_for("ours", 64 / 576) is None

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from adaptinfer import AdaptInfer, Random
+from adaptinfer import METHODS, AdaptInfer, Random
 from adaptinfer.cli import app
 from adaptinfer.errors import InputError, UnsupportedError
 from adaptinfer.evaluation.conditions import Condition, conditions
@@ -265,6 +265,25 @@ def test_what_cannot_run_is_one_line_before_any_work(tmp_path, arguments, senten
     result = _invoke(tmp_path / "out", *arguments)
     assert result.exit_code == 2 and sentence in result.output, result.output
     assert not (tmp_path / "out" / ANSWERS).exists()
+
+
+@pytest.mark.parametrize(
+    ("named", "first"),
+    [
+        ((), ["adaptinfer"]),
+        (("dart", "all"), ["dart", "adaptinfer"]),
+        (("all", "evidence-before"), ["evidence-before"]),
+    ],
+)
+def test_all_methods_stand_behind_those_that_are_named(tmp_path, monkeypatch, named, first):
+    def caught(chosen, *rest, **options):
+        raise InputError(" ".join(chosen))
+
+    monkeypatch.setattr("adaptinfer.evaluation.conditions.conditions", caught)
+    result = _invoke(tmp_path / "out", *(part for name in named for part in ("--method", name)))
+    chosen = " ".join(result.output.split()).removeprefix("error: ").split()
+    assert chosen[: len(first)] == first and len(set(chosen)) == len(chosen)
+    assert set(chosen) == ({*METHODS, *named} - {"all"} if named else {"adaptinfer"})
 
 
 def test_a_budget_that_one_method_cannot_meet_is_a_row_with_its_sentence(tmp_path):

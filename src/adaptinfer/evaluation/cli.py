@@ -144,7 +144,9 @@ def _eval(
     from adaptinfer.pruners import METHODS
 
     _quieten()
-    chosen = list(METHODS) if methods == ["all"] else methods or ["adaptinfer"]
+    # "all" is what is not named beside it; names come first, as the first one is held against the others.
+    named = [name for name in methods or ["adaptinfer"] if name != "all"]
+    chosen = named + [name for name in METHODS if "all" in (methods or ()) and name not in named]
     found = conditions(
         chosen,
         budgets or [0.33, 0.11],

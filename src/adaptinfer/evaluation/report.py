@@ -15,6 +15,7 @@ from adaptinfer.evaluation.published import SETTING, published_for
 __all__ = ["Picture", "blocks", "to_html", "to_markdown"]
 
 _NOTHING = "–"
+_OURS = ("adaptinfer+", "adaptinfer")  # held against the others in every report that has them
 
 _RULES = (
     "Accuracy is the mean score, in percent, with its 95 % interval: a percentile bootstrap over groups of samples "
@@ -250,21 +251,55 @@ def _yes_no(entries: list[dict[str, Any]]) -> Table:
 
 
 def _pairs(task: dict[str, Any]) -> list[Block]:
-    """The first method against everything else of its budget, and where it loses."""
-    leading = next((entry["series"] for entry in task["conditions"] if entry["pruned"]), None)
-    first = {entry["name"] for entry in task["conditions"] if entry["series"] == leading}
-    pairs = [pair for pair in task["pairs"] if pair["first"] in first]
+    """The first method, and whatever else is ours, against everything else of its budget, and where it loses."""
+    there = list(dict.fromkeys(entry["series"] for entry in task["conditions"] if entry["pruned"]))
+    return [block for series in there if series == there[0] or series in _OURS for block in _against(task, series)]
+
+
+def _against(task: dict[str, Any], series: str) -> list[Block]:
+    entries = {entry["name"]: entry for entry in task["conditions"]}
+    own = {name for name, entry in entries.items() if entry["series"] == series}
+    pairs = [pair for pair in task["pairs"] if pair["first"] in own]
+    turned = [pair for pair in task["pairs"] if pair["second"] in own and pair["first"] not in own]
+    pairs += [_turned(pair) for pair in turned]
     if not pairs:
         return []
-    lost = [f"{pair['first']} to {pair['second']}" for pair in pairs if pair["verdict"] == "worse"]
-    rows = [
-        [each["first"], each["second"], _interval(each["difference"], signed=True), each["verdict"]] for each in pairs
-    ]
+    pairs.sort(key=lambda pair: [*entries].index(pair["first"]))
+    lost: dict[str, list[str]] = {}
+    rows = []
+    for pair in pairs:
+        first, second = entries[pair["first"]], entries[pair["second"]]
+        cells = [pair["first"], pair["second"], _interval(pair["difference"], signed=True), pair["verdict"], ""]
+        if pair["verdict"] == "worse":
+            lost.setdefault(pair["first"], []).append(second["series"])
+            cells[-1] = _most_lost(task, first, second)
+        rows.append(cells)
+    told = [f"It loses: {name} to {', '.join(others)}." for name, others in lost.items()]
     return [
-        Heading(f"{leading} against the others, at the same budget", 3),
-        Text(f"It loses: {', '.join(lost)}." if lost else "It loses to none of them by more than chance."),
-        Table(["", "less", "difference, points", ""], rows),
+        Heading(f"{series} against the others, at the same budget", 3),
+        *map(Text, told or ["It loses to none of them by more than chance."]),
+        Table(["", "less", "difference, points", "", "lost most in"], rows),
     ]
+
+
+def _turned(pair: dict[str, Any]) -> dict[str, Any]:
+    """The second of a pair against the first."""
+    value, low, high = (pair["difference"][key] for key in ("value", "low", "high"))
+    other = {"value": value, "low": high, "high": low}
+    difference = {key: None if side is None else -side for key, side in other.items()}
+    verdict = {"better": "worse", "worse": "better"}.get(pair["verdict"], pair["verdict"])
+    return {"first": pair["second"], "second": pair["first"], "difference": difference, "verdict": verdict}
+
+
+def _most_lost(task: dict[str, Any], entry: dict[str, Any], other: dict[str, Any]) -> str:
+    """The two kinds of question that cost it most answers, with the points that it is behind in each."""
+    behind = {}
+    for kind, count in task["kinds"].items():
+        own, theirs = entry["kinds"][kind]["value"], other["kinds"][kind]["value"]
+        if own is not None and theirs is not None and own < theirs:
+            behind[kind] = (count * (own - theirs), own - theirs)
+    worst = sorted(behind, key=behind.__getitem__)[:2] if len(task["kinds"]) > 1 else []
+    return ", ".join(f"{kind} ({100 * behind[kind][1]:+.1f})" for kind in worst)
 
 
 def _latency(latency: dict[str, Any]) -> list[Block]:
