@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, write
+from common import RESULTS, first_vision_tokens, write
 from rich.console import Console
 from rich.progress import Progress
 from search_space import AXES, OURS, PLAIN, Setting, candidates, canonical, pruner_of, reference
@@ -42,7 +42,6 @@ from adaptinfer.evaluation.runner import Plan, run, units
 from adaptinfer.evaluation.statistics import Resamples, verdict
 from adaptinfer.evaluation.summary import finite, summarise
 from adaptinfer.evaluation.tasks import FORMS
-from adaptinfer.pictures import Picture
 from adaptinfer.pruners.config import to_document
 
 KEPT = 1 / 3  # of the candidates, from one rung to the next
@@ -146,10 +145,7 @@ class Search:
 def set_up(options: argparse.Namespace) -> Search:
     """The search that the command line asks for; no weights are read."""
     plan = Plan(options.model, (options.task,), (), max(options.samples), options.batch, options.device)
-    (task,) = plan.loaded_tasks.values()
-    sample = plan.loaded_samples[task.name][0]
-    shown = [Picture(sample.id, picture) for picture in task.pictures(sample)]
-    vision_tokens = plan.checkpoint.prompt(shown, sample.turns[0].question).vision_tokens
+    vision_tokens = first_vision_tokens(plan)
     place = plan.checkpoint.num_layers, vision_tokens, plan.checkpoint.family.scoring
     starts = starting_points(options.around, options.budgets)
     settings, references, unmet, conditions = {}, {}, {}, [Condition(VANILLA, VANILLA)]

@@ -19,6 +19,7 @@ from adaptinfer.evaluation.world import WorldTask
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import same_stages
 import search
 import search_space
 import search_tables
@@ -215,3 +216,36 @@ def test_test_scenes_are_not_searched_on(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             search.main()
         assert "can confirm nothing; take" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("budget", [0.33, 0.11])
+@pytest.mark.parametrize("way", same_stages.WAYS)
+def test_all_scores_have_the_same_stages(budget, way):
+    plans = {name: same_stages.arranged(score, way, budget, 12, 256) for name, score in same_stages.scores().items()}
+    assert len({pruner.plan(12, 256).stages for pruner in plans.values()}) == 1
+    assert plans["fastv"].plan(12, 256).true_average(256) == pytest.approx(budget * 256, rel=0.03)
+    if way == same_stages.ONE_CUT:
+        assert [stage.layer for stage in plans["fastv"].plan(12, 256).stages] == [0]
+        assert type(plans["fastv"]).__name__ == "FastV"
+    else:
+        assert plans["adaptinfer+"].plan(12, 256) == AdaptInferPlus(budget=budget).plan(12, 256)
+
+
+def test_scores_at_the_same_stages(monkeypatch, tmp_path, capsys):
+    """Refused where layer 0 exceeds the budget; the same table again when all is answered."""
+    command = ["same_stages.py", "--model", stand_in.folder(), "--samples", "4", "--batch", "4", "--device", "cpu"]
+    command += ["--budgets", "0.22", "0.06", "-o", str(tmp_path / "run"), "--json", str(tmp_path / "r.json")]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(WorldTask, "max_new_tokens", 2)
+    few = {
+        name: score for name, score in same_stages.scores().items() if name in ("adaptinfer+", "adaptinfer", "fastv")
+    }
+    monkeypatch.setattr(same_stages, "scores", lambda: few)
+    same_stages.main()
+    first, answers = capsys.readouterr().out, (tmp_path / "run" / "answers.jsonl").read_bytes()
+    same_stages.main()
+    assert capsys.readouterr().out == first and (tmp_path / "run" / "answers.jsonl").read_bytes() == answers
+    rows = {row["name"] for row in json.loads((tmp_path / "r.json").read_text())["entry"]["conditions"]}
+    behind = {f"{name} {budget} behind DivPrune" for name in few for budget in (0.22, 0.06)}
+    assert rows == {"vanilla", *behind, *(f"{name} 0.22 one cut" for name in few)}
+    assert all(name in first for name in few)
