@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from adaptinfer import METHODS, AdaptInferPlus, DivPrune, InputError, Pruner, Schedule, ScheduleError, TextGuided, solve
+from adaptinfer import METHODS, AdaptInferPlus, CDPruner, InputError, Pruner, Schedule, ScheduleError, TextGuided, solve
 from adaptinfer.ask import EMBEDDED
 from adaptinfer.evaluation.conditions import VANILLA, Condition
 from adaptinfer.evaluation.journal import Journal
@@ -28,7 +28,7 @@ from adaptinfer.evaluation.runner import Plan, run, units
 from adaptinfer.evaluation.summary import finite, summarise
 from adaptinfer.pruners.before import SelectsBefore
 
-WAYS = ONE_CUT, BEHIND = "one cut", "behind DivPrune"
+WAYS = ONE_CUT, BEHIND = "one cut", "behind CDPruner"
 _SEEDS = 3
 
 
@@ -52,7 +52,7 @@ def arranged(score: Pruner, way: str, budget: float, num_layers: int, vision_tok
         )
     first, *rest = AdaptInferPlus(budget=budget).plan(num_layers, vision_tokens).stages
     before, inside = (Schedule(tuple(stages), num_layers) for stages in ([first], rest))
-    return DivPrune(schedule=before) >> dataclasses.replace(score, budget=None, schedule=inside)
+    return CDPruner(schedule=before) >> dataclasses.replace(score, budget=None, schedule=inside)
 
 
 def set_up(options: argparse.Namespace) -> Plan:

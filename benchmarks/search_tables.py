@@ -13,7 +13,7 @@ from adaptinfer.evaluation.conditions import VANILLA
 if TYPE_CHECKING:
     from search import Search
 
-__all__ = ["axis_means", "tables"]
+__all__ = ["axis_means", "changed", "tables"]
 
 
 def tables(
@@ -66,20 +66,22 @@ def _single_changes(search: Search, changes: dict[str, Any]) -> Table:
         for value in values:
             cells = []
             for budget in search.references:
-                singles = single_changes(search.starts[budget])
-                same = [
-                    name
-                    for name, each in search.settings.items()
-                    if each in singles
-                    and search.budget(name) == budget
-                    and each[axis] == value != search.starts[budget][axis]
-                    and _moved(search.starts[budget], each) == axis
-                ]
-                change = changes.get(same[0]) if same else None
+                there = {name: each for name, each in search.settings.items() if search.budget(name) == budget}
+                name = changed(there, search.starts[budget], axis, value)
+                change = None if name is None else changes.get(name)
                 cells.append("" if change is None else _points(change, change["verdict"]))
             if any(cells):
                 table.add_row(f"{axis} {value}", *cells)
     return table
+
+
+def changed(settings: dict[str, Setting], start: Setting, axis: str, value: Any) -> str | None:
+    """The name of the single change of a start that gives an axis this value; None if there is none."""
+    singles = single_changes(start)
+    for name, each in settings.items():
+        if each[axis] == value != start[axis] and each in singles and _moved(start, each) == axis:
+            return name
+    return None
 
 
 def _moved(start: Setting, setting: Setting) -> str:

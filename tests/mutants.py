@@ -1072,7 +1072,7 @@ MUTANTS = [
         "pruners/adaptinferplus.py",
         'TextGuided(budget=1, words="max")',
         "TextGuided(budget=1)",
-        "tests/test_engine_before.py::test_ours_is_divprune_and_then_the_largest_vote_of_any_word",
+        "tests/test_engine_before.py::test_ours_is_cdpruner_and_then_the_largest_vote_of_any_word",
     ),
     Mutant(
         "ours: the stages are AdaptInfer's",

@@ -20,6 +20,7 @@ from adaptinfer import (
     METHODS,
     AdaptInfer,
     AdaptInferPlus,
+    CDPruner,
     Composed,
     DivPrune,
     FasterVLM,
@@ -487,14 +488,14 @@ def test_vscan_is_its_scans_and_pyramiddrops_stage(models):
         assert torch.equal(one[0], other[0])
 
 
-def test_ours_is_divprune_and_then_the_largest_vote_of_any_word(models):
+def test_ours_is_cdpruner_and_then_the_largest_vote_of_any_word(models):
     model, inputs, ours = models("llava"), tiny.batch("llava", prompts("llava")[:1]), AdaptInferPlus(budget=16)
     before, *inside = ours.plan(tiny.LAYERS, 49).stages
     assert before == Stage(-1, 32) and len(inside) > 1
     first, rest = (Schedule(tuple(stages), tiny.LAYERS) for stages in ([before], inside))
     _, whole = run(model, inputs, ours)
-    _, composed = run(model, inputs, DivPrune(schedule=first) >> TextGuided(schedule=rest, words="max"))
-    _, soft = run(model, inputs, DivPrune(schedule=first) >> TextGuided(schedule=rest))
+    _, composed = run(model, inputs, CDPruner(schedule=first) >> TextGuided(schedule=rest, words="max"))
+    _, soft = run(model, inputs, CDPruner(schedule=first) >> TextGuided(schedule=rest))
     for one, other in zip(whole.kept, composed.kept, strict=True):
         assert torch.equal(one[0], other[0])
     assert any(not torch.equal(one[0], other[0]) for one, other in zip(whole.kept, soft.kept, strict=True))

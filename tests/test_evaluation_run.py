@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -259,12 +260,28 @@ def test_a_corrupt_sample_is_named_left_out_and_counted(tmp_path):
         (("--preset", "llava-1.5-7b/63"), "llava-1.5-7b/63"),
         (("--positions", "middle"), "positions: must be one of"),
         (("--model", "/no/such/folder"), "no such folder"),
+        (("--task", "FILE:exact", "--skip", "2"), "has no samples behind the first 2"),
     ],
 )
 def test_what_cannot_run_is_one_line_before_any_work(tmp_path, arguments, sentence):
+    file = tmp_path / "two.jsonl"
+    file.write_text('{"image": "x.png", "question": "a", "answer": "b"}\n' * 2)
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    arguments = [part.replace("FILE", str(file)) for part in arguments]
     result = _invoke(tmp_path / "out", *arguments)
     assert result.exit_code == 2 and sentence in result.output, result.output
     assert not (tmp_path / "out" / ANSWERS).exists()
+
+
+def test_samples_that_are_left_out_are_those_before():
+    whole, rest = (Plan("embedded", ("world",), (), samples, skip=skip) for samples, skip in ((12, 0), (8, 4)))
+    assert rest.loaded_samples["world"] == whole.loaded_samples["world"][4:]
+    assert rest.config() != dataclasses.replace(rest, skip=0).config()
+
+
+def test_what_is_left_out_needs_a_number_of_what_is_not(tmp_path):
+    result = CliRunner().invoke(app, ["eval", "--skip", "2", "-o", str(tmp_path / "out")])
+    assert result.exit_code == 2 and "--skip: say with --samples how many" in result.output
 
 
 @pytest.mark.parametrize(

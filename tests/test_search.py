@@ -246,6 +246,6 @@ def test_scores_at_the_same_stages(monkeypatch, tmp_path, capsys):
     same_stages.main()
     assert capsys.readouterr().out == first and (tmp_path / "run" / "answers.jsonl").read_bytes() == answers
     rows = {row["name"] for row in json.loads((tmp_path / "r.json").read_text())["entry"]["conditions"]}
-    behind = {f"{name} {budget} behind DivPrune" for name in few for budget in (0.22, 0.06)}
+    behind = {f"{name} {budget} behind CDPruner" for name in few for budget in (0.22, 0.06)}
     assert rows == {"vanilla", *behind, *(f"{name} 0.22 one cut" for name in few)}
     assert all(name in first for name in few)

@@ -109,6 +109,12 @@ def _eval(
             show_default=False,
         ),
     ] = None,
+    skip: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="N", help="Leave out the first N samples of each task, which an earlier look has used."
+        ),
+    ] = 0,
     seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Runs of a method with chance in it, averaged.")] = 3,
     controls: Annotated[
         bool, typer.Option(help="Add random and evidence tokens, and resized, blank, shuffled and wrong pictures.")
@@ -161,7 +167,9 @@ def _eval(
     if ray and ranks.count > 1:
         raise InputError("--ray: not together with accelerate launch; take one of them")
     where = ranks.device(device)
-    plan = Plan(model, tuple(tasks or ["world"]), tuple(found), samples, batch, where, dtype, trust_remote_code)
+    if skip and samples is None:
+        raise InputError("--skip: say with --samples how many to take behind those that are left out")
+    plan = Plan(model, tuple(tasks or ["world"]), tuple(found), samples, batch, where, dtype, trust_remote_code, skip)
     _check_budgets(plan, first_refusals, quiet=not ranks.is_main)
     command = shlex.join(["adaptinfer", "eval", *recorded_arguments(context)])
     journal = ranks.journal(output, plan)
@@ -190,7 +198,7 @@ def _check_budgets(plan: Plan, first_refusals: Any, quiet: bool) -> None:
     name, task = next(iter(plan.loaded_tasks.items()))
     samples = plan.loaded_samples[name]
     if not samples:
-        raise InputError(f"task {name!r}: has no samples")
+        raise InputError(f"task {name!r}: has no samples" + (f" behind the first {plan.skip}" if plan.skip else ""))
     for sample in samples:
         try:
             pictures = task.pictures(sample)
@@ -248,6 +256,7 @@ def _finish(
                 "dtype": plan.checkpoint.dtype,
                 "batch": plan.batch,
                 "samples": plan.samples,
+                "skip": plan.skip,
                 "run": journal.hash,
             },
             "tasks": summarise(plan, journal.records()),

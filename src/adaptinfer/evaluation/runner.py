@@ -46,6 +46,7 @@ class Plan:
         tasks: as `load_task` takes them.
         conditions: in the order of tables; vanilla is first.
         samples: of each task; None for all.
+        skip: samples of each task to leave out before these, since an earlier look has used them.
         batch: samples answered at once.
         device: of the model.
         dtype: likewise.
@@ -60,6 +61,7 @@ class Plan:
     device: str = "auto"
     dtype: DType = "auto"
     trust_remote_code: bool = False
+    skip: int = 0
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -80,7 +82,8 @@ class Plan:
     @cached_property
     def loaded_samples(self) -> dict[str, Sequence[Sample]]:
         """Of each task, by its name."""
-        return {name: task.samples(self.samples) for name, task in self.loaded_tasks.items()}
+        count = None if self.samples is None else self.skip + self.samples
+        return {name: task.samples(count)[self.skip :] for name, task in self.loaded_tasks.items()}
 
     def batch_of(self, task: str) -> int:
         """Samples in a batch of a task.
@@ -105,6 +108,7 @@ class Plan:
             "device": self.checkpoint.device.partition(":")[0],
             "tasks": {name: task.identity() for name, task in self.loaded_tasks.items()},
             "samples": self.samples,
+            "skip": self.skip,
             "batch": self.batch,
             "conditions": [condition.identity() for condition in self.conditions],
             "adaptinfer": __version__,

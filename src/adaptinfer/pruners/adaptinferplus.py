@@ -1,4 +1,4 @@
-"""AdaptInfer+: diverse tokens before the language model, then stages in which every word has a say. Found by search."""
+"""AdaptInfer+: a set that suits the question goes in, then stages in which every word has a say. Found by search."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from adaptinfer.pruners.base import Pruner
 from adaptinfer.pruners.before import budget_within, check_setting, tokens_of
+from adaptinfer.pruners.cdpruner import CDPruner
 from adaptinfer.pruners.composed import TwoPart
-from adaptinfer.pruners.divprune import DivPrune
 from adaptinfer.pruners.textguided import TextGuided
 from adaptinfer.schedule import BEFORE, Schedule, Stage, solve
 
@@ -25,8 +25,9 @@ _STAGES = Schedule((Stage(1, 192), Stage(10, 96), Stage(20, 48)), 32, 576)
 class AdaptInferPlus(TwoPart):
     """AdaptInfer with what a search on validation scenes added to it (docs/evaluation.md has the ablation).
 
-    `DivPrune` lets twice the budget into the language model, so that layer 0 is not given tokens that resemble others:
-    a small budget that layer 0 alone would spend is left to the later layers. Inside, a vision token's score is the
+    `CDPruner` lets twice the budget into the language model, so that layer 0 is not given tokens that resemble others
+    or have nothing to do with the question: a small budget that layer 0 alone would spend is left to the later layers.
+    Inside, a vision token's score is the
     largest attention that any word of the question gives it (the sum over heads, `TextGuided` with ``words="max"``), in
     place of the mean weighed by a prior: a token that matters to one word need not matter to all.
 
@@ -45,7 +46,7 @@ class AdaptInferPlus(TwoPart):
 
     @property
     def parts(self) -> tuple[Any, Pruner]:
-        return DivPrune(budget=1), TextGuided(budget=1, words="max")
+        return CDPruner(budget=1), TextGuided(budget=1, words="max")
 
     def plan(self, num_layers: int, vision_tokens: int, scoring: Sequence[int] | None = None) -> Schedule:
         if self.budget is None:
