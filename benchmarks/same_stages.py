@@ -27,6 +27,7 @@ from adaptinfer.evaluation.journal import Journal
 from adaptinfer.evaluation.runner import Plan, run, units
 from adaptinfer.evaluation.summary import finite, summarise
 from adaptinfer.pruners.before import SelectsBefore
+from adaptinfer.schedule import BEFORE
 
 WAYS = ONE_CUT, BEHIND = "one cut", "behind CDPruner"
 _SEEDS = 3
@@ -44,13 +45,17 @@ def arranged(score: Pruner, way: str, budget: float, num_layers: int, vision_tok
     """A method's score at the stages of one arrangement.
 
     Raises:
-        ScheduleError: layer 0 alone exceeds the budget.
+        ScheduleError: layer 0 alone exceeds the budget, or twice the budget is all the vision tokens there are.
     """
     if way == ONE_CUT:
         return dataclasses.replace(
             score, budget=None, schedule=solve(budget, num_layers, vision_tokens, [0], shape=[1])
         )
     first, *rest = AdaptInferPlus(budget=budget).plan(num_layers, vision_tokens).stages
+    if first.layer != BEFORE:
+        raise ScheduleError(
+            f"budget: twice {budget:g} is all the vision tokens there are, so nothing is selected before"
+        )
     before, inside = (Schedule(tuple(stages), num_layers) for stages in ([first], rest))
     return CDPruner(schedule=before) >> dataclasses.replace(score, budget=None, schedule=inside)
 
@@ -65,7 +70,7 @@ def set_up(options: argparse.Namespace) -> Plan:
             for name, score in scores().items():
                 try:
                     pruner = arranged(score, way, budget, num_layers, vision_tokens)
-                except ScheduleError:  # layer 0 alone exceeds the budget
+                except ScheduleError:
                     continue
                 seeds = _SEEDS if name == "random" else 1
                 conditions.append(Condition(f"{name} {budget:g} {way}", name, budget, pruner, seeds=seeds))

@@ -511,6 +511,14 @@ def test_stages_of_ours_by_hand():
     assert AdaptInferPlus(budget=64, entering=1).plan(32, 576).stages == (Stage(-1, 64),)
     assert AdaptInferPlus(budget=0.6).plan(32, 576).stages[0].layer >= 0, "twice that is more than there is"
     assert AdaptInferPlus(budget=0.06).plan(12, 256).true_average(256) <= 0.06 * 256, "AdaptInfer cannot: layer 0"
+    assert AdaptInferPlus(budget=32).plan(12, 256, (7,)).true_average(256) <= 32, (
+        "less enters, as all of it passes 8 layers"
+    )
+    assert AdaptInferPlus(budget=32).plan(12, 256, (10,)).stages == (Stage(-1, 32),)
+    assert AdaptInferPlus(budget=32).plan(12, 256, ()).stages == (Stage(-1, 32),)
+    assert AdaptInferPlus(budget=32).plan(1, 256).stages == (Stage(-1, 32),)
+    with pytest.raises(PrunerError, match=r"adaptinfer\+ >> ...: it has both parts already"):
+        AdaptInferPlus(budget=32) >> AdaptInfer(budget=16)
     for wrong in (0.5, True, "2"):
         with pytest.raises(PrunerError, match="entering: must be a number from 1"):
             AdaptInferPlus(budget=64, entering=wrong)  # pyright: ignore[reportArgumentType]
@@ -596,6 +604,12 @@ def test_what_is_refused_when_it_is_made(models):
     for wrong in ({"important_share": 1.5}, {"step": 0}, {"step": 1.5}):
         with pytest.raises(PrunerError, match=next(iter(wrong))):
             VisPruner(budget=9, **wrong)
+    for method in (DivPrune, AdaptInferPlus, VScan):
+        with pytest.raises(ScheduleError, match=r"budget: 0.0001 of 256 vision tokens is less than half a token"):
+            method(budget=0.0001).plan(12, 256)
+        for endless in (float("inf"), 10**400, float("nan")):
+            with pytest.raises(PrunerError, match="budget: must be a positive number"):
+                method(budget=endless)
     with pytest.raises(ScheduleError, match="budget: 600 is more than the 576"):
         DivPrune(budget=600).plan(32, 576)
     with pytest.raises(

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from adaptinfer import AdaptInfer, PrunerError, Schedule, ScheduleError, Stage
+from adaptinfer import AdaptInfer, PrunerError, PyramidDrop, Schedule, ScheduleError, Stage, V2Drop
 from adaptinfer.embedded.world import sample_scene
 from adaptinfer.errors import InputError
 from adaptinfer.evaluation.conditions import Condition, conditions
@@ -573,7 +573,7 @@ def test_the_report_is_one_file_and_shows_everything():
         "93.1 % at true 82.9",
         "(t.png)",
         "was busy",
-        "It loses to",
+        "4 groups of pictures are too few",
     ):
         assert line in markdown
     assert "broken 0.1: cannot | \\<b>." in markdown and "broken 0.1: cannot | &lt;b&gt;." in page
@@ -582,6 +582,25 @@ def test_the_report_is_one_file_and_shows_everything():
         lines = part.splitlines()
         if lines and lines[0].startswith("|"):
             assert len({line.count("|") - line.count("\\|") for line in lines}) == 1, part
+
+
+def test_rows_of_one_name_are_told_apart_by_their_methods():
+    """Two methods with the same fields, saved into the same folder one after the other."""
+    one, other = (Condition("saved", "saved", 0.3, method(budget=0.3)) for method in (PyramidDrop, V2Drop))
+    assert one.identity() != other.identity()
+
+
+def test_a_row_without_a_budget_is_compared_at_the_one_that_it_meets():
+    plan, records = _records()
+    found = list(plan.conditions)
+    for number, share in (("10", 0.1), ("13", 0.13)):
+        found.append(Condition(f"schedule {number}", f"schedule {number}", None, AdaptInfer(budget=0.1)))
+        of = [r | {"condition": f"schedule {number}"} for r in records if r["condition"] == "adaptinfer 0.1"]
+        records += [r | {"true_average": 64 * share} for r in of]
+    (task,) = summarise(SimpleNamespace(loaded_tasks=plan.loaded_tasks, conditions=found), records)  # pyright: ignore
+    rows = {row["name"]: row["budget"] for row in task["conditions"]}
+    assert rows["schedule 10"] == 0.1 and rows["schedule 13"] is None and rows["vanilla"] is None
+    assert ("adaptinfer 0.1", "schedule 10") in {(pair["first"], pair["second"]) for pair in task["pairs"]}
 
 
 def test_the_report_tells_many_methods_at_a_glance():
@@ -636,12 +655,14 @@ def test_the_report_says_where_ours_loses_and_in_what():
         "command": "",
         "environment": dict.fromkeys(("date", "gpu", "cpu", "adaptinfer", "torch", "transformers"), "x"),
         "setup": {"model": "m", "device": "cpu", "dtype": "float32", "batch": 2},
-        "tasks": [task | {"conditions": [vanilla, *rows], "pairs": pairs, "kinds": counts}],
+        "tasks": [task | {"conditions": [vanilla, *rows], "pairs": pairs, "kinds": counts, "groups": 6}],
         "latency": None,
     }
     markdown = to_markdown(blocks(document, {}))
     first, second = markdown.split("### fastv against the others")[1].split("### adaptinfer against the others")
     assert "It loses to none" in first and "dart against" not in markdown
+    document["tasks"][0]["groups"] = 5
+    assert "5 groups of pictures are too few to tell" in to_markdown(blocks(document, {}))
     assert "| fastv 0.1 | adaptinfer 0.1 | +4.0 (+1.0 to +6.0) | better |  |" in first
     assert "It loses: adaptinfer 0.1 to fastv." in second
     assert "| adaptinfer 0.1 | fastv 0.1 | -4.0 (-6.0 to -1.0) | worse | exists (-10.0), odd (-50.0) |" in second

@@ -69,9 +69,7 @@ class Condition:
 
     def identity(self) -> dict[str, Any]:
         """Plain values that tell this condition from any other."""
-        settings = None
-        if self.pruner is not None:
-            settings = {field.name: repr(getattr(self.pruner, field.name)) for field in dataclasses.fields(self.pruner)}
+        settings = None if self.pruner is None else repr(self.pruner)  # a dataclass: its class and all fields
         return {"name": self.name, "view": self.view, "seeds": self.seeds, "budget": self.budget, "settings": settings}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from adaptinfer.evaluation.conditions import VANILLA
 from adaptinfer.evaluation.published import SETTING, published_for
+from adaptinfer.evaluation.statistics import LEAST_GROUPS
 
 __all__ = ["Picture", "blocks", "to_html", "to_markdown"]
 
@@ -275,6 +276,8 @@ def _against(task: dict[str, Any], series: str) -> list[Block]:
             cells[-1] = _most_lost(task, first, second)
         rows.append(cells)
     told = [f"It loses: {name} to {', '.join(others)}." for name, others in lost.items()]
+    if task["groups"] < LEAST_GROUPS:
+        told = [f"{task['groups']} groups of pictures are too few to tell a difference from chance."]
     return [
         Heading(f"{series} against the others, at the same budget", 3),
         *map(Text, told or ["It loses to none of them by more than chance."]),

@@ -9,13 +9,13 @@ import numpy as np
 
 from adaptinfer.evaluation.metrics import yes_or_no
 
-__all__ = ["Difference", "Interval", "Resamples", "YesNo", "verdict", "yes_no"]
+__all__ = ["LEAST_GROUPS", "Difference", "Interval", "Resamples", "YesNo", "verdict", "yes_no"]
 
 LEVEL = 0.95
 RESAMPLES = 2000
 _CHUNK = 2**22  # weights held at once
 _Z = 1.959964  # of LEVEL
-_LEAST_GROUPS = 6  # 2 x 0.5 ** 6 is the first below 0.05
+LEAST_GROUPS = 6  # 2 x 0.5 ** 6 is the first below 0.05
 _SAME = 1e-9  # sums over seeds are no further apart than this if they are equal
 
 Array = np.ndarray
@@ -86,7 +86,7 @@ def verdict(difference: Difference) -> str:
     Else ``open``: with all differing groups on one side, a bootstrap excludes 0 from four on, a two-sided sign test
     from six.
     """
-    if difference.groups < _LEAST_GROUPS:
+    if difference.groups < LEAST_GROUPS:
         return "open"
     return "better" if difference.low > 0 else "worse" if difference.high < 0 else "open"
 

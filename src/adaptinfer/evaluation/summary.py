@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections import defaultdict
@@ -25,6 +26,7 @@ FORMAT, VERSION = "adaptinfer.evaluation", 1
 
 ALL = "all"
 _COSTS = ("true_average", "flops", "kv_bytes")
+_SAME_BUDGET = 0.03
 
 
 def summarise(plan: Plan, records: Iterable[Record]) -> list[dict[str, Any]]:
@@ -70,6 +72,7 @@ def _task(plan: Plan, name: str, records: list[Record]) -> dict[str, Any]:
     entry["kinds"] = {kind: _count(answers[VANILLA], "kind", kind) for kind in kinds}
     entry["turns"] = len(turns)
     costs = {condition.name: _costs(answers[condition.name]) for condition in ran}
+    ran = [_with_budget(condition, ran, costs) for condition in ran]
     for condition in ran:
         here, whole = place[condition.name, ALL], place[VANILLA, ALL]
         difference = resamples.difference(here, whole)
@@ -96,6 +99,16 @@ def _task(plan: Plan, name: str, records: list[Record]) -> dict[str, Any]:
     budgets = list(dict.fromkeys(condition.budget for condition in ran if condition.budget is not None))
     entry["conditions"].sort(key=lambda row: _order(row, budgets))
     return entry
+
+
+def _with_budget(condition: Condition, ran: list[Condition], costs: dict[str, dict[str, float]]) -> Condition:
+    """A schedule or a saved pruner counts as of the nearest asked-for budget that its true average meets within 3 %."""
+    if condition.budget is not None or condition.pruner is None:
+        return condition
+    whole, own = costs[VANILLA]["true_average"], costs[condition.name]["true_average"]
+    asked = {each.budget: each.budget * (whole if each.budget < 1 else 1) for each in ran if each.budget is not None}
+    near = {budget: abs(own - tokens) for budget, tokens in asked.items() if abs(own - tokens) <= _SAME_BUDGET * tokens}
+    return dataclasses.replace(condition, budget=min(near, key=near.__getitem__)) if near else condition
 
 
 def _order(row: dict[str, Any], budgets: list[float]) -> tuple[bool, int, bool]:

@@ -32,7 +32,8 @@ class AdaptInferPlus(TwoPart):
     place of the mean weighed by a prior: a token that matters to one word need not matter to all.
 
     Attributes:
-        entering: what enters the language model, in budgets.
+        entering: what enters the language model, in budgets; less where the first layer that can hold a stage comes so
+            late that the budget could not be met, and 1 (no stages inside) where there is none.
     """
 
     name: ClassVar[str] = "adaptinfer+"
@@ -51,7 +52,10 @@ class AdaptInferPlus(TwoPart):
     def plan(self, num_layers: int, vision_tokens: int, scoring: Sequence[int] | None = None) -> Schedule:
         if self.budget is None:
             return super().plan(num_layers, vision_tokens, scoring)
-        first = tokens_of(self.budget, vision_tokens, self.entering)
+        # All that enters passes through the layers up to the first stage: no more than 3/4 of the budget is for them.
+        earliest = 0 if scoring is None else min(scoring, default=num_layers)
+        entering = min(self.entering, 0.75 * num_layers / (earliest + 1))
+        first = tokens_of(self.budget, vision_tokens, max(1.0, entering))
         within = budget_within(self.budget, vision_tokens, first)
         before = (Stage(BEFORE, first),) if first < vision_tokens else ()
         if within >= first:  # all of the budget is spent before layer 0

@@ -29,6 +29,7 @@ Positions = Literal["keep", "compact"]
 Need = Literal["embeddings", "output", "next", "rotary", "norm"]
 
 
+_MOST = 2**31  # tokens; infinity is above
 _USUAL_TOKENS = 576  # LLaVA-1.5's, which published shares are about
 
 
@@ -91,7 +92,8 @@ class Pruner:
         if self.positions not in get_args(Positions):
             raise PrunerError(f"positions: must be one of {get_args(Positions)}, not {self.positions!r}")
         budget = self.budget
-        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0):
+        known = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+        if budget is not None and not (known and 0 < budget <= _MOST):
             raise PrunerError(f"budget: must be a positive number of tokens (or a share below 1), not {budget!r}")
 
     @property

@@ -116,11 +116,13 @@ def tokens_of(budget: float, vision_tokens: int, factor: float = 1.0) -> int:
     """Whole tokens of a budget (below 1 a share of all), times a factor: halves rounded up, at least one, at most all.
 
     Raises:
-        ScheduleError: the budget itself is more than there are.
+        ScheduleError: the budget itself is more than there are, or less than half a token.
     """
     exact = Fraction(repr(float(budget))) * (vision_tokens if budget < 1 else 1)
     if exact > vision_tokens:
         raise ScheduleError(f"budget: {budget} is more than the {vision_tokens} vision tokens there are")
+    if exact < Fraction(1, 2):
+        raise ScheduleError(f"budget: {budget} of {vision_tokens} vision tokens is less than half a token; take more")
     return min(vision_tokens, max(1, int(exact * Fraction(repr(float(factor))) + Fraction(1, 2))))
 
 

@@ -34,6 +34,9 @@ class TwoPart(SelectsBefore, Pruner):
     def reads(self) -> tuple[Read, ...]:
         return self.parts[0].reads
 
+    def __rshift__(self, other: Any) -> Any:
+        raise PrunerError(f"{self.name} >> ...: it has both parts already; compose its selection with another method")
+
     @property
     def needs(self) -> frozenset[Need]:
         return self.parts[1].needs
