@@ -36,7 +36,7 @@ class TextGuided(Pruner):
     over heads and brought together over text tokens:
 
     - ``soft``: their sum, weighed per head by AdaptInfer's prior w[h, j] over text tokens;
-    - ``uniform``: their plain sum, which is AdaptInfer with λ = 0;
+    - ``uniform``: their plain sum, which ranks as AdaptInfer with λ = 0 does;
     - ``last``: those of the last text token alone;
     - ``max``: the largest that any text token gives, so that a token that matters to one word need not matter to all;
     - ``union``: each text token's best vision tokens in turn, so that each word gets its share of what is kept.
