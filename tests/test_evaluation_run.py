@@ -347,13 +347,50 @@ def test_shares_of_several_processes_make_the_same_file(tmp_path, worker, monkey
     monkeypatch.setattr("adaptinfer.evaluation.runner.Worker", lambda plan: _with_plan(worker, plan))
     for folder, count in (("one", 1), ("three", 3)):
         ranks = [Ranks(index, count) for index in range(count)]
-        journals = [rank.journal(tmp_path / folder, plan) for rank in ranks]
-        shares = [rank.share(units(plan, journals[0].done())) for rank in ranks]
+        journals, done = zip(*(rank.journal(tmp_path / folder, plan) for rank in ranks), strict=True)
+        shares = [rank.share(units(plan, done[0])) for rank in ranks]
         assert sum(map(len, shares)) == 4
         for journal, share in reversed(list(zip(journals, shares, strict=True))):
             run(plan, journal, share, lambda task, name: None)
         assert [rank.finish(plan, journal) for rank, journal in zip(ranks[::-1], journals[::-1], strict=True)][-1]
     assert (tmp_path / "one" / ANSWERS).read_bytes() == (tmp_path / "three" / ANSWERS).read_bytes()
+
+
+def _as_rank(monkeypatch, index: int, at_barrier) -> list[Unit]:
+    """Be one of two processes; ``at_barrier`` is called at each barrier. The units that this one is to answer."""
+    taken: list[Unit] = []
+    ranks = Ranks(index, 2, state=SimpleNamespace(wait_for_everyone=at_barrier))
+    monkeypatch.setattr(Ranks, "of_environment", lambda device: ranks)
+    monkeypatch.setattr("adaptinfer.evaluation.runner.run", lambda plan, journal, todo, done: taken.extend(todo))
+    return taken
+
+
+def test_a_late_process_takes_its_own_share(tmp_path, monkeypatch):
+    """The faster one has answered all of its share before this one looks at what is left."""
+    assert _invoke(tmp_path / "one", "--budget", "0.2").exit_code == 0
+    header, *lines = (tmp_path / "one" / ANSWERS).read_bytes().splitlines(keepends=True)
+    first = [line for line in lines if json.loads(line)["batch"] == 0]
+    assert 0 < len(first) < len(lines)
+    (tmp_path / "two").mkdir()
+    barriers = []
+
+    def wait():
+        barriers.append(len(barriers))
+        (tmp_path / "two" / ANSWERS).write_bytes(b"".join([header, *(first if len(barriers) > 1 else [])]))
+
+    taken = _as_rank(monkeypatch, 1, wait)
+    assert _invoke(tmp_path / "two", "--budget", "0.2").exit_code == 0
+    assert [unit.batch for unit in taken] == [1]
+
+
+def test_no_report_of_a_run_with_missing_answers(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        _as_rank(patched, 0, lambda: None)
+        result = _invoke(tmp_path, "--budget", "0.2")
+    assert result.exit_code == 2 and not (tmp_path / "report.md").exists()
+    assert "4 blocks of answers are missing" in result.output and "run the same command again" in result.output
+    assert _invoke(tmp_path, "--budget", "0.2").exit_code == 0
+    assert (tmp_path / "report.md").exists()
 
 
 def test_the_launcher_is_told_by_the_environment(monkeypatch):
