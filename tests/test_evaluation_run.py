@@ -549,9 +549,15 @@ def test_lmms_eval_gets_the_answers_that_eval_gets(lmms, worker):
 
 def test_lmms_eval_arguments_that_make_no_sense(lmms):
     for settings, sentence in (
-        ({"budget": 3}, "a budget needs a method"),
+        ({"budget": 3}, "budget needs a method"),
+        ({"positions": "keep", "seed": 0}, "positions and seed needs a method"),
         ({"method": "fast", "budget": 3}, "there is no method 'fast'"),
-        ({"method": "adaptinfer", "budget": 3, "preset": "llava-1.5-7b/64"}, "give one of method, preset and pruner"),
+        ({"method": "adaptinfer", "budget": 3, "preset": "llava-1.5-7b/64"}, "pruner, not method and preset"),
+        ({"preset": "llava-1.5-7b/64", "budget": 64}, "preset brings settings of its own, so leave out budget,"),
+        ({"preset": "llava-1.5-7b/64", "positions": "keep"}, "preset brings .* leave out positions,"),
+        ({"pruner": "folder", "budget": 64, "seed": 0}, "pruner brings .* leave out budget and seed,"),
+        ({"pruner": "folder", "method": "fastv"}, "not method and pruner"),
+        ({"method": "fastv", "budget": 64, "seed": 1}, "fastv has no chance in it, so leave out seed"),
     ):
         with pytest.raises(InputError, match=sentence):
             lmms.AdaptInferModel(**settings)
