@@ -181,7 +181,7 @@ def _pruner(
     given = [name for name, value in sources.items() if value is not None]
     if len(given) > 1:
         raise InputError(f"model_args: give one of method, preset and pruner, not {' and '.join(given)}")
-    settings = {
+    settings: dict[str, Any] = {
         name: value
         for name, value in (("budget", budget), ("positions", positions), ("seed", seed))
         if value is not None
