@@ -6,6 +6,7 @@ import json
 import math
 import random
 import resource
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from adaptinfer import AdaptInfer, PrunerError, PyramidDrop, Schedule, ScheduleError, Stage, V2Drop
+from adaptinfer import METHODS, AdaptInfer, PrunerError, PyramidDrop, Schedule, ScheduleError, Stage, V2Drop
 from adaptinfer.embedded.world import sample_scene
 from adaptinfer.errors import InputError
-from adaptinfer.evaluation.conditions import Condition, conditions
+from adaptinfer.evaluation.conditions import Condition, conditions, published
 from adaptinfer.evaluation.controls import VIEWS, Evidence, EvidenceBefore, evidence_tokens
 from adaptinfer.evaluation.journal import Journal
 from adaptinfer.evaluation.metrics import METRICS, normalise, yes_or_no
@@ -33,6 +34,9 @@ from adaptinfer.evaluation.tasks import load_task
 from adaptinfer.pruners import Random
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "tables"))
+import llava_1_5_7b
+import llava_1_5_13b
+import qwen2_vl_2b
 import table as tables
 
 # ---------------------------------------------------------------------------------------------------- metrics
@@ -234,6 +238,31 @@ def test_a_file_of_ones_own(tmp_path):
     assert second.turns[0].answers == ("yes", "1") and second.turns[0].kind == "pair"
     assert [picture.size for picture in task.pictures(second)] == [(8, 8), (8, 8)]
     assert task.identity() != load_task(path).identity()
+
+
+def test_another_picture_of_the_same_name_is_another_task(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    Image.new("RGB", (8, 8), "red").save(here / "a.png")
+    lines = [
+        {"images": ["a.png", name], "question": "What?", "answer": "red"} for name in ("b.png", "odd\x00", "\ud800")
+    ]
+    path = _jsonl(here, *lines)
+    task = load_task(path)
+    found = {"one picture": task.identity()}
+    shutil.copytree(here, there)
+    assert load_task(str(there / "mine.jsonl")).identity() == found["one picture"]
+    Image.new("RGB", (8, 8), "blue").save(here / "b.png")
+    assert task.identity() == found["one picture"], "read once"
+    found["two"] = load_task(path).identity()
+    Image.new("RGB", (8, 8), "green").save(here / "a.png")
+    found["replaced"] = load_task(path).identity()
+    for picture in ("a.png", "b.png"):
+        (here / picture).replace(here / f"{picture}.aside")
+    (here / "a.png.aside").replace(here / "b.png")
+    (here / "b.png.aside").replace(here / "a.png")
+    found["exchanged"] = load_task(path).identity()
+    assert len(set(found.values())) == len(found)
 
 
 @pytest.mark.parametrize(
@@ -676,8 +705,42 @@ def test_published_figures_stand_only_where_they_were_published():
     assert published_for("sparsevlm+", 0.11) is None, "SparseVLM's figure is none of SparseVLM+"
 
 
+@pytest.mark.parametrize(("module", "layers"), [(llava_1_5_7b, 32), (llava_1_5_13b, 40), (qwen2_vl_2b, 28)])
+def test_every_row_of_a_published_table_can_be_run(module, layers):
+    """And its true average is what the pruner of its arguments plans, within a token."""
+    vanilla, *rows = module.TABLE.rows
+    assert vanilla.arguments == "" and len({row.name for row in rows}) == len({row.arguments for row in rows}) == len(
+        rows
+    )
+    for row in rows:
+        settings = dict(each.split("=") for each in row.arguments.split(","))
+        if "preset" in settings:
+            pruner = published(settings["preset"])
+        else:
+            pruner = METHODS[settings["method"]](budget=float(settings["budget"]))
+        found = pruner.plan(layers, 576).true_average(576)
+        assert row.true_average is None or found == pytest.approx(row.true_average, abs=1), row.name
+
+
+def test_the_table_of_llava_7b_holds_every_published_schedule_and_its_figure():
+    rows = {row.name: row for row in llava_1_5_7b.TABLE.rows}
+    assert {name: kind for name, kind in METHODS.items() if kind.published and kind.reference != "control"}.keys() == {
+        name.partition(" paper ")[0] for name in rows if " paper " in name
+    }
+    shown = {name: (row.arguments, row.published, row.true_average) for name, row in rows.items()}
+    assert shown["dart paper 64"] == ("preset=dart:llava-1.5-7b/64", "92.6–93.7", 99.8)
+    assert shown["sparsevlm+ paper 64"] == ("preset=sparsevlm+:llava-1.5-7b/64", None, 81.8)
+    assert shown["pyramiddrop paper 270"] == ("preset=pyramiddrop:llava-1.5-7b/270", None, 270)
+    assert shown["fitprune paper 90%"] == ("preset=fitprune:llava-1.5-7b/90%", None, 72.8)
+    for name, printed in (("starpro", "96.8"), ("vscan", "96.7"), ("cdpruner", "95.4"), ("fastv", "76.7")):
+        assert rows[f"{name} paper 64"].published == printed
+    for budget in (192, 128, 64, 32):
+        assert {f"{name} true {budget}" for name in tables.SIDE_BY_SIDE} < rows.keys()
+    assert "mmbench_en_dev" in llava_1_5_7b.TABLE.tasks and "mmbench_en_dev" in llava_1_5_13b.TABLE.tasks
+
+
 def test_a_published_table_from_what_lmms_eval_leaves(tmp_path, capsys, monkeypatch):
-    rows = (tables.Row("vanilla", true_average=576), tables.Row("paper 64", "preset=x", 93.1, 82.9))
+    rows = (tables.Row("vanilla", true_average=576), tables.Row("paper 64", "preset=x", "93.1", 82.9))
     wanted = tables.Table("Title", "org/model", ("pope", "gqa"), rows)
     for row, pope, gqa in (("vanilla", 0.8, 0.5), ("paper_64", 0.6, 0.5)):
         folder = tmp_path / "model" / row / "org__model"

@@ -308,7 +308,7 @@ def test_a_budget_that_one_method_cannot_meet_is_a_row_with_its_sentence(tmp_pat
     assert result.exit_code == 0, result.output
     assert "adaptinfer 1: not run: budget" in result.output
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "| adaptinfer 1 | budget" in report and "| adaptinfer 0.2 |" in report
+    assert "adaptinfer 1: budget" in report and "| adaptinfer 0.2 |" in report
 
 
 def test_a_method_that_refuses_while_it_runs_is_a_row_too(worker):
@@ -347,13 +347,50 @@ def test_shares_of_several_processes_make_the_same_file(tmp_path, worker, monkey
     monkeypatch.setattr("adaptinfer.evaluation.runner.Worker", lambda plan: _with_plan(worker, plan))
     for folder, count in (("one", 1), ("three", 3)):
         ranks = [Ranks(index, count) for index in range(count)]
-        journals = [rank.journal(tmp_path / folder, plan) for rank in ranks]
-        shares = [rank.share(units(plan, journals[0].done())) for rank in ranks]
+        journals, done = zip(*(rank.journal(tmp_path / folder, plan) for rank in ranks), strict=True)
+        shares = [rank.share(units(plan, done[0])) for rank in ranks]
         assert sum(map(len, shares)) == 4
         for journal, share in reversed(list(zip(journals, shares, strict=True))):
             run(plan, journal, share, lambda task, name: None)
         assert [rank.finish(plan, journal) for rank, journal in zip(ranks[::-1], journals[::-1], strict=True)][-1]
     assert (tmp_path / "one" / ANSWERS).read_bytes() == (tmp_path / "three" / ANSWERS).read_bytes()
+
+
+def _as_rank(monkeypatch, index: int, at_barrier) -> list[Unit]:
+    """Be one of two processes; ``at_barrier`` is called at each barrier. The units that this one is to answer."""
+    taken: list[Unit] = []
+    ranks = Ranks(index, 2, state=SimpleNamespace(wait_for_everyone=at_barrier))
+    monkeypatch.setattr(Ranks, "of_environment", lambda device: ranks)
+    monkeypatch.setattr("adaptinfer.evaluation.runner.run", lambda plan, journal, todo, done: taken.extend(todo))
+    return taken
+
+
+def test_a_late_process_takes_its_own_share(tmp_path, monkeypatch):
+    """The faster one has answered all of its share before this one looks at what is left."""
+    assert _invoke(tmp_path / "one", "--budget", "0.2").exit_code == 0
+    header, *lines = (tmp_path / "one" / ANSWERS).read_bytes().splitlines(keepends=True)
+    first = [line for line in lines if json.loads(line)["batch"] == 0]
+    assert 0 < len(first) < len(lines)
+    (tmp_path / "two").mkdir()
+    barriers = []
+
+    def wait():
+        barriers.append(len(barriers))
+        (tmp_path / "two" / ANSWERS).write_bytes(b"".join([header, *(first if len(barriers) > 1 else [])]))
+
+    taken = _as_rank(monkeypatch, 1, wait)
+    assert _invoke(tmp_path / "two", "--budget", "0.2").exit_code == 0
+    assert [unit.batch for unit in taken] == [1]
+
+
+def test_no_report_of_a_run_with_missing_answers(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        _as_rank(patched, 0, lambda: None)
+        result = _invoke(tmp_path, "--budget", "0.2")
+    assert result.exit_code == 2 and not (tmp_path / "report.md").exists()
+    assert "4 blocks of answers are missing" in result.output and "run the same command again" in result.output
+    assert _invoke(tmp_path, "--budget", "0.2").exit_code == 0
+    assert (tmp_path / "report.md").exists()
 
 
 def test_the_launcher_is_told_by_the_environment(monkeypatch):
@@ -512,9 +549,15 @@ def test_lmms_eval_gets_the_answers_that_eval_gets(lmms, worker):
 
 def test_lmms_eval_arguments_that_make_no_sense(lmms):
     for settings, sentence in (
-        ({"budget": 3}, "a budget needs a method"),
+        ({"budget": 3}, "budget needs a method"),
+        ({"positions": "keep", "seed": 0}, "positions and seed needs a method"),
         ({"method": "fast", "budget": 3}, "there is no method 'fast'"),
-        ({"method": "adaptinfer", "budget": 3, "preset": "llava-1.5-7b/64"}, "give one of method, preset and pruner"),
+        ({"method": "adaptinfer", "budget": 3, "preset": "llava-1.5-7b/64"}, "pruner, not method and preset"),
+        ({"preset": "llava-1.5-7b/64", "budget": 64}, "preset brings settings of its own, so leave out budget,"),
+        ({"preset": "llava-1.5-7b/64", "positions": "keep"}, "preset brings .* leave out positions,"),
+        ({"pruner": "folder", "budget": 64, "seed": 0}, "pruner brings .* leave out budget and seed,"),
+        ({"pruner": "folder", "method": "fastv"}, "not method and pruner"),
+        ({"method": "fastv", "budget": 64, "seed": 1}, "fastv has no chance in it, so leave out seed"),
     ):
         with pytest.raises(InputError, match=sentence):
             lmms.AdaptInferModel(**settings)

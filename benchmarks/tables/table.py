@@ -16,6 +16,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from adaptinfer.evaluation.published import published_for
+from adaptinfer.pruners import METHODS
+
 LMMS_EVAL = "0.7.3"
 """The version whose prompts and metrics the tables are pinned to."""
 
@@ -31,7 +34,17 @@ METRICS = {
     "docvqa_val": "anls",
     "mmbench_en_dev": "gpt_eval_score",
 }
-"""The figure that stands for a task. MMBench's needs an API key, see lmms-eval."""
+"""The figure that stands for a task. MMBench's needs an API key, see lmms-eval; ``--tasks`` leaves it out."""
+
+LLAVA_TASKS = (
+    "gqa", "mmbench_en_dev", "mme", "pope", "scienceqa_img", "textvqa_val", "vizwiz_vqa_val", "vqav2_val", "seedbench",
+)  # fmt: skip
+"""What the papers run LLaVA-1.5 on, as lmms-eval calls it."""
+
+SIDE_BY_SIDE = (
+    "adaptinfer", "adaptinfer+", "divprune", "cdpruner", "visionzip", "fastv", "sparsevlm", "pyramiddrop", "random",
+)  # fmt: skip
+"""The methods that are held against each other at equal true budgets."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,7 @@ class Row:
 
     name: str
     arguments: str = ""
-    published: float | None = None
+    published: str | None = None
     true_average: float | None = None
 
 
@@ -59,6 +72,39 @@ class Table:
     model: str
     tasks: tuple[str, ...]
     rows: tuple[Row, ...]
+
+
+def at_true_budgets(*budgets: float) -> tuple[Row, ...]:
+    """`SIDE_BY_SIDE`, budget by budget: true averages in tokens or, below 1, shares of the picture's."""
+    return tuple(
+        Row(
+            f"{method} true {budget:{'.0%' if budget < 1 else 'g'}}",
+            f"method={method},budget={budget}",
+            true_average=None if budget < 1 else budget,
+        )
+        for budget in budgets
+        for method in SIDE_BY_SIDE
+    )
+
+
+def of_other_papers(nominal: int = 64, vision_tokens: int = 576) -> tuple[Row, ...]:
+    """Each other method as its paper ran LLaVA-1.5-7B: its schedule of a nominal budget, else the nearest true one.
+
+    The paper's figure stands beside the schedule of that label alone; nobody printed it for another.
+    """
+    rows = []
+    for method, kind in METHODS.items():
+        if kind.reference == "control" or not kind.published:
+            continue
+        averages = {name: schedule.true_average(vision_tokens) for name, schedule in kind.published.items()}
+        preset = f"llava-1.5-7b/{nominal}"
+        figure = published_for(method, nominal / vision_tokens) if preset in averages else None
+        if preset not in averages:
+            preset = min(averages, key=lambda name: abs(averages[name] - nominal))
+        row = f"{method} paper {preset.partition('/')[2]}"
+        printed = figure and figure.relative
+        rows.append(Row(row, f"preset={method}:{preset}", printed, round(averages[preset], 1)))
+    return tuple(rows)
 
 
 def run(table: Table) -> None:
@@ -117,6 +163,6 @@ def shown(table: Table, tasks: list[str], scores: dict[str, dict[str, float]]) -
         ours = scores[row.name]
         share = 100 * sum(ours[task] / vanilla[task] for task in tasks) / len(tasks)
         cells = [row.name, *(f"{ours[task]:.4g}" for task in tasks), f"{share:.1f}"]
-        cells += ["" if value is None else f"{value:g}" for value in (row.true_average, row.published)]
+        cells += ["" if row.true_average is None else f"{row.true_average:g}", row.published or ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([f"{table.title}; lmms-eval {LMMS_EVAL}", "", *lines])

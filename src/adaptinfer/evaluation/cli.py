@@ -18,7 +18,7 @@ from adaptinfer.files import write_whole
 from adaptinfer.options import RecordedCommand, recorded_arguments
 
 if TYPE_CHECKING:
-    from adaptinfer.evaluation.journal import Journal
+    from adaptinfer.evaluation.journal import Block, Journal
     from adaptinfer.evaluation.runner import Plan
 
 __all__ = ["register"]
@@ -172,10 +172,10 @@ def _eval(
     plan = Plan(model, tuple(tasks or ["world"]), tuple(found), samples, batch, where, dtype, trust_remote_code, skip)
     _check_budgets(plan, first_refusals, quiet=not ranks.is_main)
     command = shlex.join(["adaptinfer", "eval", *recorded_arguments(context)])
-    journal = ranks.journal(output, plan)
+    journal, done = ranks.journal(output, plan)
     try:
         with _progress(not ranks.is_main) as progress:
-            worker = _answer(plan, journal, ranks, ray, progress)
+            worker = _answer(plan, journal, done, ranks, ray, progress)
             if not ranks.finish(plan, journal):
                 return
             document = _finish(plan, journal, worker, command, latency_rounds, output, progress)
@@ -215,10 +215,10 @@ def _check_budgets(plan: Plan, first_refusals: Any, quiet: bool) -> None:
     raise InputError(f"task {name!r}: none of its {len(samples)} samples can be used")
 
 
-def _answer(plan: Plan, journal: Journal, ranks: Any, ray: int, progress: Any) -> Any:
+def _answer(plan: Plan, journal: Journal, done: set[Block], ranks: Any, ray: int, progress: Any) -> Any:
     from adaptinfer.evaluation.runner import run, units
 
-    todo = ranks.share(units(plan, journal.done()))
+    todo = ranks.share(units(plan, done))
     total = sum(len(unit.wanted) for unit in todo)
     progress.begin(total, "answers")
     if ray:

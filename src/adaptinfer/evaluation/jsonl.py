@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,22 @@ class JsonlTask:
         return [picture.image for picture in found]
 
     def identity(self) -> str:
-        return f"{self._digest}/{self.metric}"
+        return f"{self._digest}/{self.metric}/{self._pictures_digest}"
+
+    @cached_property
+    def _pictures_digest(self) -> str:
+        """Of the pictures' bytes, so that answers about another picture of the same name are another run's.
+
+        By the names in the file and not by whole paths: a folder that is copied elsewhere stays the same task.
+        """
+        digest = hashlib.sha256()
+        for name in sorted({name for names in self._pictures.values() for name in names}):
+            try:
+                content = hashlib.sha256((self._path.parent / name).read_bytes()).hexdigest()
+            except (OSError, ValueError):  # as `read_pictures` has it; such samples are left out and say why
+                content = "missing"
+            digest.update(f"{json.dumps(name)} {content}\n".encode())
+        return digest.hexdigest()
 
     def _add(self, number: int, line: str) -> None:
         def refuse(reason: str) -> InputError:

@@ -7,6 +7,7 @@ the same prompts and the same code.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -48,9 +49,9 @@ class AdaptInferModel(lmms):
         pretrained: ``"embedded"``, a checkpoint folder, or an id on the Hugging Face hub.
         method: a name in `METHODS`; None prunes nothing.
         budget: true average of vision tokens given to a layer, or below 1 a share of them.
-        preset: a published schedule in place of method and budget, such as ``llava-1.5-7b/64``.
-        pruner: a folder that `Pruner.save_pretrained` wrote, in place of method and budget.
-        positions: ``"keep"`` or ``"compact"``; None leaves the method its own.
+        preset: a published schedule in place of all settings of a method, such as ``llava-1.5-7b/64``.
+        pruner: a folder that `Pruner.save_pretrained` wrote, in place of all settings of a method.
+        positions: of a method: ``"keep"`` or ``"compact"``; None leaves it its own.
         seed: of a method with chance in it.
         batch_size: prompts answered at once.
         device: ``"auto"`` takes a GPU if there is one; each process of ``accelerate launch`` takes its own.
@@ -170,20 +171,40 @@ def _pruner(
     positions: str | None,
     seed: int | None,
 ) -> Pruner | None:
-    if sum(each is not None for each in (method, preset, pruner)) > 1:
-        raise InputError("model_args: give one of method, preset and pruner")
+    """What the arguments ask for; every one that is given is heeded, or refused.
+
+    Raises:
+        InputError: arguments that do not go together, or an unknown method.
+        PrunerError, ScheduleError: a setting, preset or folder that makes no sense.
+    """
+    sources = {"method": method, "preset": preset, "pruner": pruner}
+    given = [name for name, value in sources.items() if value is not None]
+    if len(given) > 1:
+        raise InputError(f"model_args: give one of method, preset and pruner, not {' and '.join(given)}")
+    settings: dict[str, Any] = {
+        name: value
+        for name, value in (("budget", budget), ("positions", positions), ("seed", seed))
+        if value is not None
+    }
+    if given in (["preset"], ["pruner"]) and settings:
+        raise InputError(
+            f"model_args: {given[0]} brings settings of its own, so leave out {' and '.join(settings)}, or give "
+            f"method in place of {given[0]}"
+        )
     if pruner is not None:
         return from_pretrained(Path(pruner))
     if preset is not None:
         return published(preset)
     if method is None:
-        if budget is not None:
-            raise InputError("model_args: a budget needs a method, such as method=adaptinfer")
+        if settings:
+            raise InputError(f"model_args: {' and '.join(settings)} needs a method, such as method=adaptinfer")
         return None
     if method not in METHODS:
         raise InputError(f"model_args: there is no method {method!r}; there are {', '.join(METHODS)}")
-    chosen: dict[str, Any] = {"positions": positions, "seed": seed}
-    return METHODS[method](budget=budget, **{key: value for key, value in chosen.items() if value is not None})
+    kind = METHODS[method]
+    if seed is not None and "seed" not in {field.name for field in dataclasses.fields(kind)}:
+        raise InputError(f"model_args: {method} has no chance in it, so leave out seed")
+    return kind(**settings)
 
 
 def _generation(settings: dict[str, Any]) -> dict[str, Any]:

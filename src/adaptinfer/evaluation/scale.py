@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from adaptinfer.errors import InputError
 
 if TYPE_CHECKING:
-    from adaptinfer.evaluation.journal import Journal
+    from adaptinfer.evaluation.journal import Block, Journal
     from adaptinfer.evaluation.runner import Plan, Unit
 
 __all__ = ["Ranks"]
@@ -73,28 +73,49 @@ class Ranks:
 
         return f"cuda:{self.local}" if torch.cuda.is_available() else "cpu"
 
-    def journal(self, folder: Path, plan: Plan) -> Journal:
-        """This process's file of answers, opened; the first one mends what an earlier run left."""
+    def journal(self, folder: Path, plan: Plan) -> tuple[Journal, set[Block]]:
+        """This process's file of answers, opened, and the blocks that are done; the first one mends what was left.
+
+        The blocks are the same in every process, so that their shares are of one list: nobody appends before the last
+        barrier, and files of others that are made meanwhile hold a header and no block. `Journal.done` would not do: a
+        process that is late sees what faster ones have answered since.
+
+        Raises:
+            InputError: the folder cannot be written, is in use, or holds answers of another run.
+        """
         from adaptinfer.evaluation.journal import Journal
 
         journal = Journal(folder, plan.config(), None if self.is_main else self.index)
+        done: set[Block] = set()
         if self.is_main:
-            journal.open()
+            done = journal.open()
         self._wait()
         if not self.is_main:
-            journal.open()
+            done = journal.open()
         self._wait()
-        return journal
+        return journal, done
 
     def share(self, todo: Sequence[Unit]) -> list[Unit]:
         """Every ``count``-th unit."""
         return list(todo[self.index :: self.count])
 
     def finish(self, plan: Plan, journal: Journal) -> bool:
-        """Wait for the others and, in the first process, make one file of all; tells whether this is the first."""
+        """Wait for the others and, in the first process, make one file of all; tells whether this is the first.
+
+        Raises:
+            InputError: that file cannot be written, or answers are missing in it.
+        """
+        from adaptinfer.evaluation.runner import units
+
         self._wait()
         if self.is_main:
             journal.merge(list(plan.loaded_tasks), [condition.name for condition in plan.conditions])
+            missing = sum(len(unit.wanted) for unit in units(plan, journal.done()))
+            if missing:
+                raise InputError(
+                    f"folder {str(journal.folder)!r}: {missing} blocks of answers are missing, so there is no report "
+                    "yet; run the same command again to have them answered"
+                )
         return self.is_main
 
     def _wait(self) -> None:
