@@ -45,7 +45,7 @@ def arranged(score: Pruner, way: str, budget: float, num_layers: int, vision_tok
     """A method's score at the stages of one arrangement.
 
     Raises:
-        ScheduleError: layer 0 alone exceeds the budget, or twice the budget is all the vision tokens there are.
+        ScheduleError: layer 0 alone exceeds the budget, or it is so large that nothing is selected before the model.
     """
     if way == ONE_CUT:
         return dataclasses.replace(
@@ -53,9 +53,7 @@ def arranged(score: Pruner, way: str, budget: float, num_layers: int, vision_tok
         )
     first, *rest = AdaptInferPlus(budget=budget).plan(num_layers, vision_tokens).stages
     if first.layer != BEFORE:
-        raise ScheduleError(
-            f"budget: twice {budget:g} is all the vision tokens there are, so nothing is selected before"
-        )
+        raise ScheduleError(f"budget: {budget:g}: so many vision tokens that nothing is selected before")
     before, inside = (Schedule(tuple(stages), num_layers) for stages in ([first], rest))
     return CDPruner(schedule=before) >> dataclasses.replace(score, budget=None, schedule=inside)
 

@@ -40,7 +40,7 @@ AXES: dict[str, tuple[Any, ...]] = {
 """The first value of each is AdaptInfer's. ``room`` is what a selection before the model lets in, over the budget."""
 
 PLAIN: Setting = {axis: values[0] for axis, values in AXES.items()}
-OURS: Setting = PLAIN | {"words": "max", "before": "cdpruner", "room": 2.0, "shape": "three mild"}
+OURS: Setting = PLAIN | {"words": "max", "before": "cdpruner", "room": 1.25, "shape": "three mild"}
 """`AdaptInferPlus`."""
 
 _TEXT_GUIDED = ("words", "heads", "normalised", "rotary", "coverage", "covers")

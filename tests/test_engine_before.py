@@ -491,7 +491,7 @@ def test_vscan_is_its_scans_and_pyramiddrops_stage(models):
 def test_ours_is_cdpruner_and_then_the_largest_vote_of_any_word(models):
     model, inputs, ours = models("llava"), tiny.batch("llava", prompts("llava")[:1]), AdaptInferPlus(budget=16)
     before, *inside = ours.plan(tiny.LAYERS, 49).stages
-    assert before == Stage(-1, 32) and len(inside) > 1
+    assert before == Stage(-1, 20) and len(inside) > 1
     first, rest = (Schedule(tuple(stages), tiny.LAYERS) for stages in ([before], inside))
     _, whole = run(model, inputs, ours)
     _, composed = run(model, inputs, CDPruner(schedule=first) >> TextGuided(schedule=rest, words="max"))
@@ -502,14 +502,16 @@ def test_ours_is_cdpruner_and_then_the_largest_vote_of_any_word(models):
 
 
 def test_stages_of_ours_by_hand():
-    """Twice the budget goes in; layers 1, 10 and 20 of 32 then keep 4 : 2 : 1, which makes the budget the average."""
-    at = AdaptInferPlus(budget=64).plan(32, 576)
+    """5/4 of the budget go in; layers 1, 10 and 20 of 32 keep 4 : 2 : 1 of what makes the budget the average."""
+    at = AdaptInferPlus(budget=64, entering=2).plan(32, 576)
     assert [stage.layer for stage in at.stages] == [-1, 1, 10, 20] and at.tokens_per_layer(576)[0] == 128
     assert at.true_average(576) == pytest.approx(64, rel=0.01)
     first, second, third = (stage.keep for stage in at.stages[1:])
     assert first / second == pytest.approx(2, rel=0.05) and second / third == pytest.approx(2, rel=0.05)
+    # With 80 that enter, a stage after layer 1 would keep them all: 11 layers are given 80, 10 and 11 layers 2x and x.
+    assert AdaptInferPlus(budget=64).plan(32, 576).stages == (Stage(-1, 80), Stage(10, 75), Stage(20, 38))
     assert AdaptInferPlus(budget=64, entering=1).plan(32, 576).stages == (Stage(-1, 64),)
-    assert AdaptInferPlus(budget=0.6).plan(32, 576).stages[0].layer >= 0, "twice that is more than there is"
+    assert AdaptInferPlus(budget=0.9).plan(32, 576).stages[0].layer >= 0, "5/4 of that is more than there is"
     assert AdaptInferPlus(budget=0.06).plan(12, 256).true_average(256) <= 0.06 * 256, "AdaptInfer cannot: layer 0"
     assert AdaptInferPlus(budget=32).plan(12, 256, (7,)).true_average(256) <= 32, (
         "less enters, as all of it passes 8 layers"

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import card
+import evaluation_tables
 import measure
 import performance_tables
 
@@ -54,6 +55,16 @@ def test_accuracy_is_that_of_the_committed_runs_on_the_shipped_weights():
 
 def test_speed_is_that_of_the_committed_runs():
     assert "\n".join(performance_tables.speed_lines()) in README
+
+
+def test_accuracy_of_methods_is_that_of_the_committed_runs():
+    """Every table of docs/evaluation.md, and the weights behind those that a digest is kept of."""
+    page = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    for name, lines in evaluation_tables.committed().items():
+        assert "\n".join([f"<!-- {name} -->", "", *lines]) in page, (
+            f"docs/evaluation.md does not hold the table {name!r}"
+        )
+        assert len(lines) > 3
 
 
 def test_throughput_is_that_of_the_committed_run():

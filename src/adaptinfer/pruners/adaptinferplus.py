@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 __all__ = ["AdaptInferPlus"]
 
 _STAGES = Schedule((Stage(1, 192), Stage(10, 96), Stage(20, 48)), 32, 576)
-"""Where the stages sit and the proportions of what they keep: milder than AdaptInfer's, which keep 1/4 to 1/3 each."""
+"""Where the stages sit and the proportions of what they keep, as far as that many enter: milder than AdaptInfer's."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AdaptInferPlus(TwoPart):
     """AdaptInfer with what a search on validation scenes added to it (docs/evaluation.md has the ablation).
 
-    `CDPruner` lets twice the budget into the language model, so that layer 0 is not given tokens that resemble others
-    or have nothing to do with the question: a small budget that layer 0 alone would spend is left to the later layers.
-    Inside, a vision token's score is the
+    `CDPruner` lets a little more than the budget into the language model, so that layer 0 is not given tokens that
+    resemble others or have nothing to do with the question: a small budget that layer 0 alone would spend is left to
+    the later layers. That takes the place of AdaptInfer's first stage; the later ones drop what was let in beyond the
+    budget, once the model has read the question. Inside, a vision token's score is the
     largest attention that any word of the question gives it (the sum over heads, `TextGuided` with ``words="max"``), in
     place of the mean weighed by a prior: a token that matters to one word need not matter to all.
 
@@ -39,7 +40,7 @@ class AdaptInferPlus(TwoPart):
     name: ClassVar[str] = "adaptinfer+"
     reference: ClassVar[str] = "arXiv 2508.06084, extended here"
 
-    entering: float = 2.0
+    entering: float = 1.25
 
     def __post_init__(self) -> None:
         super().__post_init__()
