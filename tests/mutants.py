@@ -895,8 +895,8 @@ MUTANTS = [
     Mutant(
         "eval: four pictures are enough to be better",
         "evaluation/statistics.py",
-        "_LEAST_GROUPS = 6",
-        "_LEAST_GROUPS = 4",
+        "LEAST_GROUPS = 6",
+        "LEAST_GROUPS = 4",
         "tests/test_evaluation.py",
     ),
     Mutant(
