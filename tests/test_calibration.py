@@ -580,7 +580,7 @@ def test_methods_without_a_score_of_their_own_are_refused_before_any_work(checkp
     made = METHODS[method](budget=64)
     samples = [(Image.new("RGB", (64, 64)), "Is there a star?")]
     with contextlib.ExitStack() as stack:
-        if method in ("adaptinfer", "random", "fastv", "pyramiddrop", "fitprune", "textguided", "vscan"):
+        if method in ("adaptinfer", "random", "fastv", "pyramiddrop", "fitprune", "textguided", "adaptinfer+", "vscan"):
             with Reader(model, checkpoint.processor, made) as each:
                 assert each.read(0, ListSource(samples)[0]).score.any()
             return
