@@ -26,6 +26,14 @@ def committed(folder: Path = COMMITTED) -> dict[str, list[str]]:
     tables: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
         "every method": ("evaluation/summary.json", lambda found: accuracy_lines(found["tasks"][0])),
         "best against the others": ("evaluation/summary.json", lambda found: margin_lines(found["tasks"][0])),
+        "first look": (
+            "evaluation_first/summary.json",
+            lambda found: margin_lines(found["tasks"][0], ("adaptinfer+",)),
+        ),
+        "second look": (
+            "evaluation_second/summary.json",
+            lambda found: margin_lines(found["tasks"][0], ("adaptinfer+",)),
+        ),
         "harder tasks": ("evaluation_more/summary.json", lambda found: tasks_lines(found["tasks"])),
         "the same stages": ("same_stages.json", lambda found: stages_lines(found["entry"])),
         "positions": ("evaluation_positions/summary.json", lambda found: rows_lines(found["tasks"][0])),
@@ -51,14 +59,14 @@ def accuracy_lines(task: dict[str, Any]) -> list[str]:
     ]
 
 
-def margin_lines(task: dict[str, Any]) -> list[str]:
+def margin_lines(task: dict[str, Any], shown: Sequence[str] = ("adaptinfer+", "adaptinfer")) -> list[str]:
     """AdaptInfer+ and AdaptInfer against the best of the other methods at each budget."""
     names = {entry["name"]: entry for entry in task["conditions"]}
     own = ("adaptinfer+", "adaptinfer")
     lines = _head("", ("share of vanilla's, %", "best other", "difference, points", "it loses to"))
     budgets, values = _by_series(task["conditions"])
     pairs = {(pair["first"], pair["second"]): pair for pair in task["pairs"]}
-    for series in own:
+    for series in shown:
         for budget in budgets:
             name = f"{series} {budget:g}"
             if name not in names:

@@ -28,9 +28,9 @@ class AdaptInferPlus(TwoPart):
     `CDPruner` lets a little more than the budget into the language model, so that layer 0 is not given tokens that
     resemble others or have nothing to do with the question: a small budget that layer 0 alone would spend is left to
     the later layers. That takes the place of AdaptInfer's first stage; the later ones drop what was let in beyond the
-    budget, once the model has read the question. Inside, a vision token's score is the
-    largest attention that any word of the question gives it (the sum over heads, `TextGuided` with ``words="max"``), in
-    place of the mean weighed by a prior: a token that matters to one word need not matter to all.
+    budget, once the model has read the question. Inside, a vision token's score is the largest attention that any word
+    of the question gives it (the sum over heads, `TextGuided` with ``words="max"``), in place of the mean weighed by a
+    prior: a token that matters to one word need not matter to all.
 
     Attributes:
         entering: what enters the language model, in budgets; less where the first layer that can hold a stage comes so
