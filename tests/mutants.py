@@ -957,7 +957,7 @@ MUTANTS = [
     ),
     Mutant(
         "eval: a late process shares out what faster ones have left, and not what all saw",
-        "evaluation/cli.py",
+        "cli/eval.py",
         "    todo = ranks.share(units(plan, done))",
         "    todo = ranks.share(units(plan, journal.done()))",
         "tests/test_evaluation_run.py::test_a_late_process_takes_its_own_share",

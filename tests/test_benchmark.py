@@ -18,17 +18,17 @@ from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from adaptinfer import METHODS, AdaptInfer, ModelShape, Schedule, Stage, attach, preset
-from adaptinfer.benchmark import measure, plot, shapes, subject
-from adaptinfer.benchmark.environment import environment
-from adaptinfer.benchmark.memory import PeakMemory, free_bytes
-from adaptinfer.benchmark.prompts import picture_by_processor, picture_for, prompt
-from adaptinfer.benchmark.results import published_figures
-from adaptinfer.benchmark.roofline import Rates, prefill_bound_ms
-from adaptinfer.benchmark.shapes import SHAPES
-from adaptinfer.benchmark.subject import Subject
-from adaptinfer.benchmark.timing import Clock, bound_share, order_of_round, paired_ratios, summarise
-from adaptinfer.benchmark.variants import Variant, variants
-from adaptinfer.cli import app
+from adaptinfer.bench import measure, plot, shapes, subject
+from adaptinfer.bench.environment import environment
+from adaptinfer.bench.memory import PeakMemory, free_bytes
+from adaptinfer.bench.prompts import picture_by_processor, picture_for, prompt
+from adaptinfer.bench.results import published_figures
+from adaptinfer.bench.roofline import Rates, prefill_bound_ms
+from adaptinfer.bench.shapes import SHAPES
+from adaptinfer.bench.subject import Subject
+from adaptinfer.bench.timing import Clock, bound_share, order_of_round, paired_ratios, summarise
+from adaptinfer.bench.variants import Variant, variants
+from adaptinfer.cli.app import app
 from adaptinfer.engine.attach import handle_of
 from adaptinfer.engine.compiled import Compiled
 from adaptinfer.errors import InputError
@@ -295,7 +295,7 @@ def test_too_little_memory_is_refused(monkeypatch):
 
 
 def test_the_command_line_does_not_wait_for_torch():
-    code = "import sys, adaptinfer.cli; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    code = "import sys, adaptinfer.cli.app; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -317,7 +317,7 @@ def run(tmp_path_factory):
 
 def test_the_document_says_how_it_was_made(run):
     _, document, _, arguments = run
-    assert document["format"] == "adaptinfer.benchmark" and document["version"] == 1
+    assert document["format"] == "adaptinfer.bench" and document["version"] == 1
     assert document["command"] == " ".join(["adaptinfer", "bench", *map(str, arguments)])
     assert {"date", "commit", "uncommitted_changes", "cpu", "gpu", "cores", "torch_threads", "torch"} <= set(
         document["environment"]
@@ -399,7 +399,7 @@ def test_a_full_disk_does_not_cost_the_figures():
 
 
 def test_a_published_claim_stands_by_itself(tmp_path, capsys, run):
-    from adaptinfer.benchmark.tables import print_results
+    from adaptinfer.bench.tables import print_results
 
     document = {**run[1], "published": published_figures([Variant("x", None, True, "llava-1.5-7b/64")])}
     print_results(document)

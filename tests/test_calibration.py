@@ -24,10 +24,8 @@ from typer.testing import CliRunner
 
 import adaptinfer
 from adaptinfer import AdaptInfer, AdaptInferError, InputError, ModelShape, Schedule, ScheduleError, Stage, attach
-from adaptinfer.ask import Checkpoint
 from adaptinfer.calibration import run as running
 from adaptinfer.calibration import store
-from adaptinfer.calibration.cli import _print
 from adaptinfer.calibration.distributed import processes
 from adaptinfer.calibration.objective import KeptMass
 from adaptinfer.calibration.plots import _budget
@@ -35,7 +33,9 @@ from adaptinfer.calibration.record import Reader, Reading, fingerprint
 from adaptinfer.calibration.run import Budget, analyse, record
 from adaptinfer.calibration.samples import DataSetSource, FolderSource, ListSource, Sample, open_source
 from adaptinfer.calibration.store import PART, Recording, check_skipped, record_part
-from adaptinfer.cli import app
+from adaptinfer.checkpoints import Checkpoint
+from adaptinfer.cli.app import app
+from adaptinfer.cli.calibrate import _print
 from adaptinfer.errors import UnsupportedError
 from adaptinfer.functional import text_guided_score
 from adaptinfer.pruners import METHODS
@@ -760,11 +760,11 @@ def test_a_schedule_file_may_tell_where_it_comes_from():
 
 def test_the_documents_tables_are_those_of_the_committed_run(monkeypatch):
     root = Path(__file__).parent.parent
-    monkeypatch.syspath_prepend(root / "benchmarks")
+    monkeypatch.syspath_prepend(root / "research")
     study = importlib.import_module("calibration_study")
     document = (root / "docs/calibration.md").read_text(encoding="utf-8")
     for part, table in study._TABLES.items():
-        results = json.loads((root / f"benchmarks/results/calibration_study/{part}.json").read_text())["results"]
+        results = json.loads((root / f"research/results/calibration_study/{part}.json").read_text())["results"]
         assert table(results) in document, part
 
 

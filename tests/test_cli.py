@@ -25,7 +25,8 @@ from typer.testing import CliRunner
 from adaptinfer import AdaptInfer, pictures
 from adaptinfer import ask as asking
 from adaptinfer.ask import Comparison, Latency
-from adaptinfer.cli import app
+from adaptinfer.checkpoints import Checkpoint
+from adaptinfer.cli.app import app
 from adaptinfer.embedded.__main__ import main as embedded
 from adaptinfer.errors import InputError
 from adaptinfer.pictures import read_pictures
@@ -267,7 +268,7 @@ def no_weights(monkeypatch):
     def load(self):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(asking.Checkpoint, "load", load)
+    monkeypatch.setattr(Checkpoint, "load", load)
 
 
 def _truncated(tmp_path: Path, photo: str) -> bytes:
@@ -475,7 +476,7 @@ def test_a_bug_is_no_user_error(photo, checkpoint, monkeypatch):
     def load(self):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(asking.Checkpoint, "load", load)
+    monkeypatch.setattr(Checkpoint, "load", load)
     with pytest.raises(ZeroDivisionError):
         run("ask", photo, QUESTION, "--model", checkpoint)
 
@@ -533,7 +534,7 @@ def test_both_ways_are_measured_in_turn(monkeypatch, models):
         order.append("vanilla" if attach._DISABLED.get() else "pruned")
         return float(len(order)), 1.0
 
-    monkeypatch.setattr(asking, "_timed", timed)
+    monkeypatch.setattr(asking, "timed", timed)
     monkeypatch.setattr(asking, "REPEATS", 9)
     monkeypatch.setattr(asking, "MEASURING_SECONDS", 0.0)
     model = models("llava")
@@ -553,7 +554,7 @@ def test_ratio_is_of_neighbouring_repeats():
 
 def test_in_a_process_of_its_own(photo, checkpoint, tmp_path):
     def call(*arguments: str):
-        command = [sys.executable, "-m", "adaptinfer.cli", "ask", *arguments, "--model", checkpoint]
+        command = [sys.executable, "-m", "adaptinfer.cli.app", "ask", *arguments, "--model", checkpoint]
         environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
         return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
 
@@ -570,7 +571,7 @@ def test_the_command_line_alone_imports_nothing_heavy():
         "package = types.ModuleType('adaptinfer')\n"  # without what adaptinfer/__init__.py may import
         f"package.__path__ = [{str(SOURCE / 'adaptinfer')!r}]\n"
         "sys.modules['adaptinfer'] = package\n"
-        "import adaptinfer.cli\n"
+        "import adaptinfer.cli.app\n"
         "print(sorted({'torch', 'transformers', 'numpy', 'PIL', 'matplotlib'} & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -593,4 +594,4 @@ def test_without_arguments_there_is_help_and_no_empty_error():
 
 def test_devices_that_run_nothing(photo, checkpoint):
     with pytest.raises(InputError, match="device 'meta'"):
-        asking.Checkpoint(str(checkpoint), device="meta")
+        Checkpoint(str(checkpoint), device="meta")

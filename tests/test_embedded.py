@@ -165,7 +165,8 @@ def test_bfloat16_answers_as_float32(worker):
 
 @pytest.mark.slow
 def test_it_loads_in_three_seconds_and_answers_in_one(tmp_path):
-    from adaptinfer.ask import Checkpoint, ask
+    from adaptinfer.ask import ask
+    from adaptinfer.checkpoints import Checkpoint
     from adaptinfer.pictures import read_pictures
 
     main(["draw", str(tmp_path / "scene.png"), "--seed", "6"])

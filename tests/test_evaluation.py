@@ -33,7 +33,7 @@ from adaptinfer.evaluation.summary import finite, summarise
 from adaptinfer.evaluation.tasks import load_task
 from adaptinfer.pruners import Random
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "tables"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "research" / "tables"))
 import llava_1_5_7b
 import llava_1_5_13b
 import qwen2_vl_2b

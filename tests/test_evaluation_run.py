@@ -19,7 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from adaptinfer import METHODS, AdaptInfer, Random
-from adaptinfer.cli import app
+from adaptinfer.cli.app import app
 from adaptinfer.errors import InputError, UnsupportedError
 from adaptinfer.evaluation.conditions import Condition, conditions
 from adaptinfer.evaluation.journal import Journal

@@ -14,17 +14,17 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adaptinfer import AdaptInfer, Schedule, Stage, attach
-from adaptinfer.benchmark import shapes, watch
-from adaptinfer.benchmark.floor import Floor
-from adaptinfer.benchmark.measure import Bench
-from adaptinfer.benchmark.prompts import picture_for, prompt
-from adaptinfer.benchmark.roofline import layer_tokens
-from adaptinfer.benchmark.timing import Clock, Mark
-from adaptinfer.benchmark.watch import IN_LAYERS, OUTSIDE, PARTS, SCORING, STAGES, Watch
+from adaptinfer.bench import shapes, watch
+from adaptinfer.bench.floor import Floor
+from adaptinfer.bench.measure import Bench
+from adaptinfer.bench.prompts import picture_for, prompt
+from adaptinfer.bench.roofline import layer_tokens
+from adaptinfer.bench.timing import Clock, Mark
+from adaptinfer.bench.watch import IN_LAYERS, OUTSIDE, PARTS, SCORING, STAGES, Watch
 from adaptinfer.engine import attach as engine
 from adaptinfer.errors import InputError
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "research"))
 import performance_tables
 import profile_prefill
 import steps
@@ -331,7 +331,7 @@ def test_every_committed_result_that_the_page_names_is_there():
         names = re.findall(r"`(\w[\w.-]*\.json)`", result)
         assert names or result == "none" or result.startswith("the same file"), result
         for name in names:
-            assert (ROOT / "benchmarks" / "results" / name).is_file(), name
+            assert (ROOT / "research" / "results" / name).is_file(), name
 
 
 def test_a_table_is_asked_for_by_its_files_name(tmp_path):

@@ -17,8 +17,8 @@ from adaptinfer.embedded.__main__ import picture
 from adaptinfer.embedded.world import SPLITS, sample_scene
 from adaptinfer.evaluation.runner import weights_digest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "research" / "training"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "research"))
 
 import card
 import evaluation_tables
@@ -44,7 +44,7 @@ def test_the_examples_picture_is_the_demos_scene():
 
 
 def test_accuracy_is_that_of_the_committed_runs_on_the_shipped_weights():
-    """`training/train.py measure`, then `... card`, wrote the card and the README's table, from these weights."""
+    """`train.py measure`, then `... card`, wrote the card and the README's table, from these weights."""
     documents = card.read(measure.RESULTS)
     for name in measure.RUNS:
         assert documents[name]["weights"] == weights_digest("embedded"), f"{name}.json is of another model"
@@ -69,7 +69,7 @@ def test_accuracy_of_methods_is_that_of_the_committed_runs():
 
 def test_throughput_is_that_of_the_committed_run():
     page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
-    rounds = json.loads((ROOT / "benchmarks/results/vllm_throughput_llava-1b_cpu.json").read_text())["rounds"]
+    rounds = json.loads((ROOT / "research/results/vllm_throughput_llava-1b_cpu.json").read_text())["rounds"]
     plain = next(iter(rounds.values()))
     for measured in rounds.values():
         rates = [each["requests_per_second"] for each in measured]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from adaptinfer import AdaptInfer, AdaptInferPlus, Composed, ScheduleError, TextGuided, from_pretrained
 from adaptinfer.evaluation.world import WorldTask
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "research"))
 
 import same_stages
 import search

@@ -23,8 +23,9 @@ from typer.testing import CliRunner
 
 import adaptinfer
 from adaptinfer import AdaptInfer
-from adaptinfer.ask import Checkpoint, ask
-from adaptinfer.cli import app
+from adaptinfer.ask import ask
+from adaptinfer.checkpoints import Checkpoint
+from adaptinfer.cli.app import app
 from adaptinfer.pictures import Picture
 from adaptinfer.serving import server as serving
 

@@ -19,7 +19,7 @@ from adaptinfer.embedded.world.scene import Chance, sample_scene
 from adaptinfer.embedded.world.wordings import PLURALS
 from adaptinfer.evaluation.world import WorldTask
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "research" / "training"))
 
 import card
 import measure
@@ -269,7 +269,7 @@ def test_the_card_is_made_of_results_alone(trained, tmp_path, monkeypatch):
     text = (made / "src/adaptinfer/embedded/checkpoint/README.md").read_text()
     documents = card.read(results)
     assert text == card.card(documents) and "4 × 4 pictures" in text  # steps and batch of the toy
-    assert (made / "training" / "curve.png").stat().st_size > 1000
+    assert (made / "research" / "training" / "curve.png").stat().st_size > 1000
     table = card.pruned(documents)
     assert table in text and table in (made / "README.md").read_text()
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in table.splitlines()}

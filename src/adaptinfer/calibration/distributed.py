@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptinfer.ask import Checkpoint, DType
 from adaptinfer.calibration.record import Reader
 from adaptinfer.calibration.run import Budget, check_reach, content_of, record
 from adaptinfer.calibration.samples import Source, open_source
 from adaptinfer.calibration.store import Recording, check_skipped, digest_of, record_part
+from adaptinfer.checkpoints import Checkpoint, DType
 from adaptinfer.errors import InputError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from adaptinfer.ask import check_question, processed
+from adaptinfer.checkpoints import check_question, processed
 from adaptinfer.engine.attach import Handle
 from adaptinfer.engine.families import family_of, placeholders_of
 from adaptinfer.errors import InputError, UnsupportedError

@@ -10,7 +10,7 @@ tried, tested and measured without a download; :func:`path` gives the folder tha
     processor = AutoProcessor.from_pretrained(embedded.path())
 
 Scenes, their pictures and the questions about them are in :mod:`adaptinfer.embedded.world`; how the model was trained
-is in ``training/`` of the repository. This module imports nothing heavy.
+is in ``research/training/`` of the repository. This module imports nothing heavy.
 """
 
 import json
@@ -28,7 +28,8 @@ def path() -> Path:
     folder = Path(__file__).parent / "checkpoint"
     if not any(folder.glob("model*.safetensors")):
         raise FileNotFoundError(
-            f"the embedded model is not at {folder}; install adaptinfer again, or make the model with training/train.py"
+            f"the embedded model is not at {folder}; install adaptinfer again, or make the model with "
+            "research/training/train.py"
         )
     return folder
 

@@ -14,7 +14,7 @@ from adaptinfer.pruners.base import Positions, Pruner, PrunerError
 from adaptinfer.schedule import Schedule, ScheduleError
 
 if TYPE_CHECKING:
-    from adaptinfer.ask import Checkpoint
+    from adaptinfer.checkpoints import Checkpoint
 
 __all__ = ["VANILLA", "Condition", "conditions", "first_refusals", "published"]
 

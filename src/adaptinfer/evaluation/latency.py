@@ -12,8 +12,8 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from adaptinfer.ask import DECODED_TOKENS, _timed
-from adaptinfer.benchmark.timing import order_of_round, paired_ratios, summarise
+from adaptinfer.ask import DECODED_TOKENS, timed
+from adaptinfer.bench.timing import order_of_round, paired_ratios, summarise
 from adaptinfer.errors import AdaptInferError
 from adaptinfer.evaluation.conditions import VANILLA, Condition
 from adaptinfer.evaluation.controls import RESIZED
@@ -77,4 +77,4 @@ def measure(plan: Plan, worker: Worker, rounds: int, progress: Callable[[str], N
 def _run(condition: Condition, prompt: Any, worker: Worker, device: str) -> tuple[float, float]:
     batch, pruner = prompt(condition)
     with pruner(worker.model) if pruner else nullcontext():
-        return _timed(worker.model, batch.inputs, device)
+        return timed(worker.model, batch.inputs, device)

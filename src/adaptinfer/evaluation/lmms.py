@@ -22,7 +22,7 @@ from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[report
 from lmms_eval.protocol import ChatMessages  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
-from adaptinfer.ask import Checkpoint, DType
+from adaptinfer.checkpoints import Checkpoint, DType
 from adaptinfer.engine.attach import Handle
 from adaptinfer.errors import InputError, UnsupportedError
 from adaptinfer.evaluation.conditions import published

@@ -22,7 +22,7 @@ class _Actor:
     def __init__(self, plan: Plan, threads: int) -> None:
         import torch
 
-        from adaptinfer.cli import _quieten
+        from adaptinfer.cli.app import _quieten
         from adaptinfer.evaluation.runner import Worker
 
         _quieten()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from adaptinfer.ask import Checkpoint, DType
+    from adaptinfer.checkpoints import Checkpoint, DType
     from adaptinfer.evaluation.journal import Journal
     from adaptinfer.evaluation.subject import Batch, Outcome
     from adaptinfer.pruners.base import Pruner
@@ -66,7 +66,7 @@ class Plan:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """Its model, weights unread."""
-        from adaptinfer.ask import Checkpoint
+        from adaptinfer.checkpoints import Checkpoint
 
         return Checkpoint(self.model, trust_remote_code=self.trust_remote_code, device=self.device, dtype=self.dtype)
 
@@ -398,7 +398,7 @@ def _compared(logits: Tensor, vanilla: Tensor) -> tuple[list[bool], list[float]]
 
 def weights_digest(model: str) -> str | None:
     """Of a checkpoint's files but its model card; None for one on the hub, whose name stands for it."""
-    from adaptinfer.ask import EMBEDDED
+    from adaptinfer.checkpoints import EMBEDDED
     from adaptinfer.embedded import path as embedded_path
 
     folder = embedded_path() if model == EMBEDDED else Path(model).expanduser()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from adaptinfer.ask import Checkpoint
+    from adaptinfer.checkpoints import Checkpoint
     from adaptinfer.engine.report import Report
     from adaptinfer.pruners.base import Pruner
     from adaptinfer.resize import Resize

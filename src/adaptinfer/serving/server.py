@@ -16,7 +16,7 @@ from adaptinfer.errors import InputError
 from adaptinfer.serving.requests import check_chat, check_completion, inline_pictures
 
 if TYPE_CHECKING:
-    from adaptinfer.ask import Checkpoint
+    from adaptinfer.checkpoints import Checkpoint
     from adaptinfer.pruners import Pruner
 
 __all__ = ["application", "run"]

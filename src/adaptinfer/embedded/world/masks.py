@@ -2,7 +2,7 @@
 
 Every mask is a bitmap of fixed size kept as its integral, so that the share of each pixel that it covers, at any place
 and size, is a handful of look-ups: that is all the anti-aliasing there is. Letters come from an atlas (``glyphs.png``,
-drawn once from the DejaVu fonts, which are free to embed and change, by ``training/make_glyphs.py``).
+drawn once from the DejaVu fonts, which are free to embed and change, by ``research/training/make_glyphs.py``).
 """
 
 from collections.abc import Callable

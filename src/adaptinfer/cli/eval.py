@@ -1,0 +1,325 @@
+"""The sub-command ``adaptinfer eval``: options, refusals before any work, progress, and what is written where."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from adaptinfer.cli.options import RecordedCommand, recorded_arguments
+from adaptinfer.errors import InputError
+from adaptinfer.files import write_whole
+
+if TYPE_CHECKING:
+    from adaptinfer.evaluation.journal import Block, Journal
+    from adaptinfer.evaluation.runner import Plan
+
+__all__ = ["register"]
+
+_INTERRUPTED = 130  # what a shell says of a command stopped by Ctrl-C
+
+
+def register(app: typer.Typer, epilog: str) -> None:
+    """Add the sub-command to the application."""
+    app.command("eval", cls=RecordedCommand, epilog=epilog)(_eval)
+
+
+def _eval(
+    context: typer.Context,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of answers and report; a run goes on in it.")
+    ],
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            metavar="NAME",
+            help="world, world-hard, world-turns, world-pair (':validation' behind it: other scenes), or FILE.jsonl "
+            "with pictures beside it (':exact', ':yes_no', ':vqa' or ':anls' behind it: its metric). Several times. "
+            "Taken when nothing is said: world.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[str, typer.Option(help="'embedded', a folder, or an id on the Hugging Face hub.")] = "embedded",
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            help="See 'adaptinfer methods'; several times, or 'all'; also evidence-before, a control. The first is "
+            "compared with the others. Taken when nothing is said: adaptinfer.",
+            show_default=False,
+        ),
+    ] = None,
+    budgets: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--budget",
+            metavar="TOKENS",
+            help="True average of vision tokens a layer gets, or below 1 a share of them; several times. Taken when "
+            "nothing is said: 0.33 and 0.11.",
+            show_default=False,
+        ),
+    ] = None,
+    presets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--preset",
+            metavar="NAME",
+            help="[METHOD:]MODEL/LABEL, a published schedule with its positions, see 'adaptinfer presets'; several.",
+            show_default=False,
+        ),
+    ] = None,
+    schedules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--schedule",
+            metavar="FILE",
+            help="[METHOD:]FILE, stages and keeps as 'adaptinfer calibrate' writes them; several times.",
+            show_default=False,
+        ),
+    ] = None,
+    pruners: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--pruner", metavar="DIR", help="A pruner written by save_pretrained; several times.", show_default=False
+        ),
+    ] = None,
+    positions: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WAY",
+            help="keep or compact; twice for both side by side. Taken when nothing is said: the method's own.",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Samples of each task. Taken when nothing is said: 500 of drawn ones, all of a file.",
+            show_default=False,
+        ),
+    ] = None,
+    skip: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="N", help="Leave out the first N samples of each task, which an earlier look has used."
+        ),
+    ] = 0,
+    seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Runs of a method with chance in it, averaged.")] = 3,
+    controls: Annotated[
+        bool, typer.Option(help="Add random and evidence tokens, and resized, blank, shuffled and wrong pictures.")
+    ] = True,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Samples answered at once.")] = 32,
+    latency_rounds: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Rounds of timing, after the answers; 0 leaves latency out.")
+    ] = 5,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; auto: cuda if there is one.")
+    ] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(metavar="NAME", help="auto is float32 on a CPU, else the checkpoint's own."),
+    ] = "auto",
+    ray: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Answer on N Ray actors; needs the extra 'ray'. 0: in this process.")
+    ] = 0,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
+) -> None:
+    """Compare methods at true budgets: accuracy with intervals, flips, FLOPs, KV cache, latency; a report.
+
+    [dim]adaptinfer eval --task world --method adaptinfer --budget 0.33 --budget 0.11 -o build/eval[/dim]
+
+    A stopped run goes on with the same command. Several processes: 'accelerate launch -m adaptinfer eval ...'.
+    """
+    from adaptinfer.cli.app import _quieten
+    from adaptinfer.evaluation.conditions import conditions, first_refusals
+    from adaptinfer.evaluation.runner import Plan
+    from adaptinfer.evaluation.scale import Ranks
+    from adaptinfer.pruners import METHODS
+
+    _quieten()
+    # "all" is what is not named beside it; names come first, as the first one is held against the others.
+    named = [name for name in methods or ["adaptinfer"] if name != "all"]
+    chosen = named + [name for name in METHODS if "all" in (methods or ()) and name not in named]
+    found = conditions(
+        chosen,
+        budgets or [0.33, 0.11],
+        positions or (),
+        presets or (),
+        schedules or (),
+        pruners or (),
+        seeds=seeds,
+        controls=controls,
+    )
+    ranks = Ranks.of_environment(device)
+    if ray and ranks.count > 1:
+        raise InputError("--ray: not together with accelerate launch; take one of them")
+    where = ranks.device(device)
+    if skip and samples is None:
+        raise InputError("--skip: say with --samples how many to take behind those that are left out")
+    plan = Plan(model, tuple(tasks or ["world"]), tuple(found), samples, batch, where, dtype, trust_remote_code, skip)
+    _check_budgets(plan, first_refusals, quiet=not ranks.is_main)
+    command = shlex.join(["adaptinfer", "eval", *recorded_arguments(context)])
+    journal, done = ranks.journal(output, plan)
+    try:
+        with _progress(not ranks.is_main) as progress:
+            worker = _answer(plan, journal, done, ranks, ray, progress)
+            if not ranks.finish(plan, journal):
+                return
+            document = _finish(plan, journal, worker, command, latency_rounds, output, progress)
+    except KeyboardInterrupt:
+        if ranks.is_main:
+            message = (
+                f"interrupted; {len(journal.done())} blocks of answers are in {output}, run the same command to go on"
+            )
+            Console(stderr=True).print(message, soft_wrap=True)
+        raise typer.Exit(_INTERRUPTED) from None
+    from adaptinfer.evaluation.tables import print_results
+
+    print_results(document)
+    for name in ("report.html", "report.md", "summary.json", "answers.jsonl"):
+        typer.echo(f"{name.partition('.')[0]}: {output / name}")
+
+
+def _check_budgets(plan: Plan, first_refusals: Any, quiet: bool) -> None:
+    """Plan every condition on the first prompt's vision tokens; say which cannot run, refuse if none can."""
+    name, task = next(iter(plan.loaded_tasks.items()))
+    samples = plan.loaded_samples[name]
+    if not samples:
+        raise InputError(f"task {name!r}: has no samples" + (f" behind the first {plan.skip}" if plan.skip else ""))
+    for sample in samples:
+        try:
+            pictures = task.pictures(sample)
+        except InputError:
+            continue
+        from adaptinfer.pictures import Picture
+
+        shown = [Picture(sample.id, picture) for picture in pictures]
+        prompt = plan.checkpoint.prompt(shown, sample.turns[0].question)
+        for condition, reason in first_refusals(plan.conditions, plan.checkpoint, prompt.vision_tokens).items():
+            if not quiet:
+                Console(stderr=True).print(f"{condition}: not run: {reason}", style="yellow", soft_wrap=True)
+        return
+    raise InputError(f"task {name!r}: none of its {len(samples)} samples can be used")
+
+
+def _answer(plan: Plan, journal: Journal, done: set[Block], ranks: Any, ray: int, progress: Any) -> Any:
+    from adaptinfer.evaluation.runner import run, units
+
+    todo = ranks.share(units(plan, done))
+    total = sum(len(unit.wanted) for unit in todo)
+    progress.begin(total, "answers")
+    if ray:
+        from adaptinfer.evaluation.on_ray import run_on_ray
+
+        run_on_ray(plan, journal, todo, ray, progress.step)
+        return None
+    return run(plan, journal, todo, progress.step)
+
+
+def _finish(
+    plan: Plan, journal: Journal, worker: Any, command: str, rounds: int, output: Path, progress: Any
+) -> dict[str, Any]:
+    """Latency, summary, plots and report from the answers on disk."""
+    from adaptinfer.bench.environment import environment
+    from adaptinfer.evaluation.latency import measure
+    from adaptinfer.evaluation.plots import draw
+    from adaptinfer.evaluation.report import Picture, blocks, to_html, to_markdown
+    from adaptinfer.evaluation.runner import Worker
+    from adaptinfer.evaluation.summary import FORMAT, VERSION, finite, summarise
+
+    latency = _measured_before(output, journal.hash, rounds) if rounds else None
+    if rounds and latency is None:
+        latency = measure(plan, worker or Worker(plan), rounds, progress.say)
+    progress.say("summary")
+    document = finite(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "command": command,
+            "environment": environment(),
+            "setup": {
+                "model": plan.model,
+                "device": plan.checkpoint.device,
+                "dtype": plan.checkpoint.dtype,
+                "batch": plan.batch,
+                "samples": plan.samples,
+                "skip": plan.skip,
+                "run": journal.hash,
+            },
+            "tasks": summarise(plan, journal.records()),
+            "latency": latency,
+        }
+    )
+    pictures = {}
+    for task in document["tasks"]:
+        if task["conditions"]:
+            progress.say(f"plot of {task['name']}")
+            name = f"{task['name'].replace(':', '-')}.png"
+            pictures[task["name"]] = Picture(name, draw(task, latency), f"{task['name']}: accuracy against cost")
+    found = blocks(document, pictures)
+    files = {picture.path: picture.data for picture in pictures.values()} | {
+        "summary.json": (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode(),
+        "report.md": to_markdown(found).encode(),
+        "report.html": to_html(found).encode(),
+    }
+    for name, data in files.items():
+        try:
+            write_whole(output / name, data)
+        except OSError as error:
+            raise InputError(f"{str(output / name)!r}: cannot be written ({error.strerror})") from None
+    return document
+
+
+def _measured_before(output: Path, run: str, rounds: int) -> dict[str, Any] | None:
+    """The latency of a report of the same run, so that writing it anew measures nothing twice."""
+    try:
+        document = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+        latency = document["latency"] if document["setup"]["run"] == run else None
+        return latency if latency and latency["rounds"] == rounds else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+class _Steps:
+    """Progress on standard error: a bar over blocks of answers, with the condition at work."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._task = progress, progress.add_task("starting", total=None)
+
+    def begin(self, total: int, text: str) -> None:
+        self._progress.reset(self._task, total=total, description=text)
+
+    def step(self, task: str, condition: str) -> None:
+        """A block of answers is on disk."""
+        self._progress.update(self._task, advance=1, description=f"{task}, {condition}")
+
+    def say(self, text: str) -> None:
+        self._progress.update(self._task, description=text)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[_Steps]:
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
+        yield _Steps(progress)
