@@ -176,7 +176,7 @@ def card(
     for file, text in written.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
-    (to / "research" / "training").mkdir(exist_ok=True)
+    (to / "research" / "training").mkdir(parents=True, exist_ok=True)
     draw_curves(documents["training"]["curve"], to / "research" / "training" / "curve.png")
     if pictures:
         images = to / "docs" / "images"
