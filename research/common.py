@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptinfer.bench.environment import environment
-from adaptinfer.evaluation.runner import Plan
+from adaptinfer.evaluation.plan import EvaluationPlan
 from adaptinfer.pictures import Picture
 
 RESULTS = Path("build/results")
@@ -22,7 +22,7 @@ def write(name: str, content: dict[str, Any], path: Path | None = None) -> Path:
     return target
 
 
-def first_vision_tokens(plan: Plan) -> int:
+def first_vision_tokens(plan: EvaluationPlan) -> int:
     """Vision tokens in the first prompt of the plan's only task."""
     (task,) = plan.loaded_tasks.values()
     sample = plan.loaded_samples[task.name][0]

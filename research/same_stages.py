@@ -24,7 +24,8 @@ from adaptinfer import METHODS, AdaptInferPlus, CDPruner, InputError, Pruner, Sc
 from adaptinfer.checkpoints import EMBEDDED
 from adaptinfer.evaluation.conditions import VANILLA, Condition
 from adaptinfer.evaluation.journal import Journal
-from adaptinfer.evaluation.runner import Plan, run, units
+from adaptinfer.evaluation.plan import EvaluationPlan, units
+from adaptinfer.evaluation.runner import run
 from adaptinfer.evaluation.summary import finite, summarise
 from adaptinfer.pruners.before import SelectsBefore
 from adaptinfer.schedule import BEFORE
@@ -58,9 +59,9 @@ def arranged(score: Pruner, way: str, budget: float, num_layers: int, vision_tok
     return CDPruner(schedule=before) >> dataclasses.replace(score, budget=None, schedule=inside)
 
 
-def set_up(options: argparse.Namespace) -> Plan:
+def set_up(options: argparse.Namespace) -> EvaluationPlan:
     """The run that the command line asks for; no weights are read."""
-    plan = Plan(options.model, (options.task,), (), options.samples, options.batch, options.device)
+    plan = EvaluationPlan(options.model, (options.task,), (), options.samples, options.batch, options.device)
     num_layers, vision_tokens = plan.checkpoint.num_layers, first_vision_tokens(plan)
     conditions = [Condition(VANILLA, VANILLA)]
     for budget in options.budgets:

@@ -38,10 +38,11 @@ from adaptinfer import METHODS, AdaptInferPlus, InputError, Random, ScheduleErro
 from adaptinfer.checkpoints import EMBEDDED
 from adaptinfer.evaluation.conditions import VANILLA, Condition
 from adaptinfer.evaluation.journal import Journal, Record
-from adaptinfer.evaluation.runner import Plan, run, units
+from adaptinfer.evaluation.plan import EvaluationPlan, units
+from adaptinfer.evaluation.runner import run
 from adaptinfer.evaluation.statistics import Resamples, verdict
 from adaptinfer.evaluation.summary import finite, summarise
-from adaptinfer.evaluation.tasks import FORMS
+from adaptinfer.evaluation.world import FORMS
 from adaptinfer.pruners.config import to_document
 
 KEPT = 1 / 3  # of the candidates, from one rung to the next
@@ -51,7 +52,7 @@ KEPT = 1 / 3  # of the candidates, from one rung to the next
 class Search:
     """Conditions of one search, and what is on disk of it."""
 
-    plan: Plan
+    plan: EvaluationPlan
     journal: Journal
     settings: dict[str, Setting]  # by the name of the condition
     references: dict[float, str]  # names, by budget
@@ -144,7 +145,7 @@ class Search:
 
 def set_up(options: argparse.Namespace) -> Search:
     """The search that the command line asks for; no weights are read."""
-    plan = Plan(options.model, (options.task,), (), max(options.samples), options.batch, options.device)
+    plan = EvaluationPlan(options.model, (options.task,), (), max(options.samples), options.batch, options.device)
     vision_tokens = first_vision_tokens(plan)
     place = plan.checkpoint.num_layers, vision_tokens, plan.checkpoint.family.scoring
     starts = starting_points(options.around, options.budgets)

@@ -25,7 +25,8 @@ from adaptinfer.embedded.world.questions import conversation, pair_questions, qu
 from adaptinfer.embedded.world.render import render
 from adaptinfer.evaluation.conditions import Condition
 from adaptinfer.evaluation.metrics import METRICS
-from adaptinfer.evaluation.runner import Plan, Worker, units
+from adaptinfer.evaluation.plan import EvaluationPlan, units
+from adaptinfer.evaluation.runner import Worker
 from adaptinfer.evaluation.tasks import load_task
 
 GRID, PATCH = embedded.patches()
@@ -124,7 +125,7 @@ def _plan(task, conditions=("vanilla",), samples=48):
     pruners = {"half": AdaptInfer(budget=0.5)}
     views = {"wrong"}
     found = [Condition(n, n, pruner=pruners.get(n), view=n if n in views else None) for n in conditions]
-    return Plan("embedded", (f"{task}:validation",), tuple(found), samples, 16, "cpu")
+    return EvaluationPlan("embedded", (f"{task}:validation",), tuple(found), samples, 16, "cpu")
 
 
 def _right(worker, plan) -> dict[str, float]:
@@ -156,7 +157,7 @@ def test_bfloat16_answers_as_float32(worker):
     samples = task.samples(12)
     texts = [f"USER: <image>\n{sample.turns[0].question} ASSISTANT:" for sample in samples]
     pictures = [task.pictures(sample) for sample in samples]
-    inputs = worker._subject.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+    inputs = worker._answerer.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
     half = AutoModelForImageTextToText.from_pretrained(embedded.path(), dtype=torch.bfloat16, local_files_only=True)
     with torch.no_grad():
         first = [model(**inputs.to(model.dtype)).logits[:, -1].argmax(-1) for model in (worker.model, half)]

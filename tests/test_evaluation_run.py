@@ -23,8 +23,9 @@ from adaptinfer.cli.app import app
 from adaptinfer.errors import InputError, UnsupportedError
 from adaptinfer.evaluation.conditions import Condition, conditions
 from adaptinfer.evaluation.journal import Journal
-from adaptinfer.evaluation.runner import Plan, Unit, Worker, run, units
-from adaptinfer.evaluation.scale import Ranks
+from adaptinfer.evaluation.plan import EvaluationPlan, Unit, units
+from adaptinfer.evaluation.processes import Processes
+from adaptinfer.evaluation.runner import Worker, run
 from adaptinfer.evaluation.tasks import load_task
 from adaptinfer.evaluation.world import WorldTask
 from adaptinfer.resize import Resize
@@ -44,8 +45,10 @@ def _invoke(folder: Path, *arguments: str):
     return CliRunner().invoke(app, ["eval", *options, *arguments])
 
 
-def _plan(*tasks: str, samples: int = 6, batch: int = 3, **settings) -> Plan:
-    return Plan(stand_in.folder(), tasks, tuple(conditions(["adaptinfer"], [0.2], **settings)), samples, batch)
+def _plan(*tasks: str, samples: int = 6, batch: int = 3, **settings) -> EvaluationPlan:
+    return EvaluationPlan(
+        stand_in.folder(), tasks, tuple(conditions(["adaptinfer"], [0.2], **settings)), samples, batch
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +56,14 @@ def worker() -> Worker:
     return Worker(_plan("world", "world-turns", "world-pair"))
 
 
-def _with_plan(worker: Worker, plan: Plan) -> Worker:
+def _with_plan(worker: Worker, plan: EvaluationPlan) -> Worker:
     """The same loaded model at work on another plan."""
     other = object.__new__(Worker)
     other.__dict__.update(worker.__dict__, _plan=plan)
     return other
 
 
-def _answers(worker: Worker, plan: Plan) -> dict[tuple, dict]:
+def _answers(worker: Worker, plan: EvaluationPlan) -> dict[tuple, dict]:
     worker = _with_plan(worker, plan)
     return {
         (record["task"], record["condition"], record["seed"], record["sample"], record["turn"]): record
@@ -77,7 +80,7 @@ def test_a_batch_is_its_samples(worker):
     # What has chance in it takes other tokens in other batches, by design.
     found = tuple(each for each in conditions(["adaptinfer"], [0.2]) if each.seeds == 1 and each.name != "wrong")
     tasks = ("world", "world-turns", "world-pair")
-    together, alone = (_answers(worker, Plan(stand_in.folder(), tasks, found, 3, batch)) for batch in (3, 1))
+    together, alone = (_answers(worker, EvaluationPlan(stand_in.folder(), tasks, found, 3, batch)) for batch in (3, 1))
     assert together.keys() == alone.keys() and len(together) == 5 * 3 * (1 + 4 + 1)
     for place, record in together.items():
         assert record["answer"] == alone[place]["answer"], place
@@ -88,13 +91,13 @@ def test_a_batch_is_its_samples(worker):
 
 def test_a_later_turn_reads_what_a_whole_prompt_would_say(worker):
     """Vanilla on one cache, with holes where shorter answers end, against prompts that hold the conversation so far."""
-    subject = worker._subject
+    answerer = worker._answerer
     task = load_task("world-turns")
     samples = task.samples(4)
     questions = [[turn.question for turn in sample.turns] for sample in samples]
     pictures = [task.pictures(sample) for sample in samples]
-    batch = subject.batch([each[0] for each in questions], pictures)
-    found = subject.answer(batch, [each[1:] for each in questions], 4, None)
+    batch = answerer.batch([each[0] for each in questions], pictures)
+    found = answerer.answer(batch, [each[1:] for each in questions], 4, None)
     for turn in (1, 2, 3):
         texts = []
         for row, asked in enumerate(questions):
@@ -105,21 +108,21 @@ def test_a_later_turn_reads_what_a_whole_prompt_would_say(worker):
                 if number < turn:
                     text = found.answers[number][row]
                     messages.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
-            texts.append(subject.processor.apply_chat_template(messages, add_generation_prompt=True))
-        inputs = subject.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
-        whole = subject.answer(subject.counted(inputs), [[]] * 4, 4, None)
+            texts.append(answerer.processor.apply_chat_template(messages, add_generation_prompt=True))
+        inputs = answerer.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+        whole = answerer.answer(answerer.counted(inputs), [[]] * 4, 4, None)
         assert whole.answers[0] == found.answers[turn]
 
 
 def test_holes_of_a_conversation_change_no_logits(worker):
     """The second turn's ids and mask, built by hand after answers of different length."""
-    subject = worker._subject
-    tokenizer = subject.processor.tokenizer
+    answerer = worker._answerer
+    tokenizer = answerer.processor.tokenizer
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     red, star = tokenizer("red star", add_special_tokens=False)["input_ids"]
     said = torch.tensor([[9, 9, red, end, pad], [9, 9, red, star, end]])
     mask = torch.tensor([[0, 1], [1, 1]])
-    ids, after = subject._next_turn(said, 2, mask, ["What colour is the star?", "How many red things are there?"])
+    ids, after = answerer._next_turn(said, 2, mask, ["What colour is the star?", "How many red things are there?"])
     kept = [row[flags.bool()].tolist() for row, flags in zip(ids, after, strict=True)]
     for row, answer in enumerate(([red], [red, star])):
         begin = 1 if row == 0 else 2
@@ -136,7 +139,7 @@ def test_records_say_what_the_engine_did(worker):
     with AdaptInfer(budget=0.2)(worker.model) as handle:
         out = worker.model.generate(**batch.inputs, max_new_tokens=WorldTask.max_new_tokens, do_sample=False)
         report = handle.report
-    text = worker._subject.processor.tokenizer.decode(
+    text = worker._answerer.processor.tokenizer.decode(
         out[0, batch.inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
     first = pruned[0]
@@ -151,7 +154,7 @@ def test_a_resized_picture_costs_what_it_shows(worker):
     """A batch of one picture's questions, conversations, and pairs, against the control used by hand."""
     found = tuple(each for each in conditions(["adaptinfer"], [0.2]) if each.name in ("vanilla", "resized 0.2"))
     tasks = ("world", "world-turns", "world-pair")
-    plan = Plan(stand_in.folder(), tasks, found, 2, 2)
+    plan = EvaluationPlan(stand_in.folder(), tasks, found, 2, 2)
     records = _answers(worker, plan)
     for (task, name, _, sample, turn), record in records.items():
         if name != "vanilla" and turn == 0:
@@ -160,13 +163,13 @@ def test_a_resized_picture_costs_what_it_shows(worker):
             assert record["flops"] < 0.45 * records[task, "vanilla", 0, sample, 0]["flops"]
     sample = plan.loaded_samples["world"][0]
     inputs = Resize(0.2).inputs(
-        worker._subject.processor,
-        worker._subject._first_text(sample.turns[0].question, 1),
+        worker._answerer.processor,
+        worker._answerer._first_text(sample.turns[0].question, 1),
         plan.loaded_tasks["world"].pictures(sample),
     )
     with Resize(0.2)(worker.model):
         out = worker.model.generate(**inputs, max_new_tokens=2, do_sample=False)
-    text = worker._subject._texts(out[:, inputs["input_ids"].shape[1] :])
+    text = worker._answerer._texts(out[:, inputs["input_ids"].shape[1] :])
     assert text == [records["world", "resized 0.2", 0, sample.id, 0]["answer"]]
 
 
@@ -274,7 +277,9 @@ def test_what_cannot_run_is_one_line_before_any_work(tmp_path, arguments, senten
 
 
 def test_samples_that_are_left_out_are_those_before():
-    whole, rest = (Plan("embedded", ("world",), (), samples, skip=skip) for samples, skip in ((12, 0), (8, 4)))
+    whole, rest = (
+        EvaluationPlan("embedded", ("world",), (), samples, skip=skip) for samples, skip in ((12, 0), (8, 4))
+    )
     assert rest.loaded_samples["world"] == whole.loaded_samples["world"][4:]
     assert rest.config() != dataclasses.replace(rest, skip=0).config()
 
@@ -317,7 +322,7 @@ def test_a_method_that_refuses_while_it_runs_is_a_row_too(worker):
             raise UnsupportedError("this tower has no class token")
 
     found = Condition("vanilla", "vanilla"), Condition("x", "x", 0.2, Refuses(budget=0.2))
-    plan = Plan(stand_in.folder(), ("world",), found, 2)
+    plan = EvaluationPlan(stand_in.folder(), ("world",), found, 2)
     vanilla, refused = _with_plan(worker, plan).blocks(units(plan, set())[0])
     assert all("score" in record for record in vanilla)
     assert [record["refused"] for record in refused] == ["this tower has no class token"] * 2
@@ -328,7 +333,7 @@ def test_too_little_memory_ends_the_run_with_what_to_do(worker, monkeypatch):
     def answer(*_):
         raise torch.OutOfMemoryError("2 GiB")
 
-    monkeypatch.setattr(worker._subject, "answer", answer)
+    monkeypatch.setattr(worker._answerer, "answer", answer)
     plan = _plan("world")
     with pytest.raises(InputError, match="--batch 3: the memory of cpu does not suffice"):
         list(_with_plan(worker, plan).blocks(units(plan, set())[0]))
@@ -336,7 +341,7 @@ def test_too_little_memory_ends_the_run_with_what_to_do(worker, monkeypatch):
 
 def test_a_question_with_a_picture_token_is_refused(worker):
     with pytest.raises(InputError, match="'<image>' stands for a picture"):
-        worker._subject.batch(["What is <image>?"], [[Image.new("RGB", (8, 8))]])
+        worker._answerer.batch(["What is <image>?"], [[Image.new("RGB", (8, 8))]])
 
 
 # ---------------------------------------------------------------------------------------------------- several processes
@@ -346,7 +351,7 @@ def test_shares_of_several_processes_make_the_same_file(tmp_path, worker, monkey
     plan = _plan("world", "world-turns", samples=4, batch=2, seeds=2, controls=False)
     monkeypatch.setattr("adaptinfer.evaluation.runner.Worker", lambda plan: _with_plan(worker, plan))
     for folder, count in (("one", 1), ("three", 3)):
-        ranks = [Ranks(index, count) for index in range(count)]
+        ranks = [Processes(index, count) for index in range(count)]
         journals, done = zip(*(rank.journal(tmp_path / folder, plan) for rank in ranks), strict=True)
         shares = [rank.share(units(plan, done[0])) for rank in ranks]
         assert sum(map(len, shares)) == 4
@@ -359,8 +364,8 @@ def test_shares_of_several_processes_make_the_same_file(tmp_path, worker, monkey
 def _as_rank(monkeypatch, index: int, at_barrier) -> list[Unit]:
     """Be one of two processes; ``at_barrier`` is called at each barrier. The units that this one is to answer."""
     taken: list[Unit] = []
-    ranks = Ranks(index, 2, state=SimpleNamespace(wait_for_everyone=at_barrier))
-    monkeypatch.setattr(Ranks, "of_environment", lambda device: ranks)
+    ranks = Processes(index, 2, state=SimpleNamespace(wait_for_everyone=at_barrier))
+    monkeypatch.setattr(Processes, "of_environment", lambda device: ranks)
     monkeypatch.setattr("adaptinfer.evaluation.runner.run", lambda plan, journal, todo, done: taken.extend(todo))
     return taken
 
@@ -396,11 +401,11 @@ def test_no_report_of_a_run_with_missing_answers(tmp_path, monkeypatch):
 def test_the_launcher_is_told_by_the_environment(monkeypatch):
     for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert Ranks.of_environment("cpu") == Ranks()
+    assert Processes.of_environment("cpu") == Processes()
     monkeypatch.setenv("WORLD_SIZE", "4")
     state = SimpleNamespace(process_index=2, num_processes=4, local_process_index=2)
     monkeypatch.setattr("accelerate.PartialState", lambda cpu: state)
-    ranks = Ranks.of_environment("cpu")
+    ranks = Processes.of_environment("cpu")
     assert (ranks.index, ranks.count, ranks.is_main, ranks.device("cpu")) == (2, 4, False, "cpu")
 
 
@@ -582,7 +587,7 @@ def test_two_pictures_of_different_size_in_a_batch(tmp_path, worker):
     ]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     found = tuple(conditions(["adaptinfer"], [0.2], seeds=1))
-    plan = Plan(stand_in.folder(), (str(tmp_path / "mine.jsonl"),), found, None)
+    plan = EvaluationPlan(stand_in.folder(), (str(tmp_path / "mine.jsonl"),), found, None)
     found = _answers(worker, plan)
     assert found["mine", "adaptinfer 0.2", 0, "2", 0]["vision_tokens"] == 512
     assert "does not say where" in found["mine", "evidence 0.2", 0, "1", 0]["refused"]

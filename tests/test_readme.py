@@ -15,7 +15,7 @@ from PIL import Image
 from adaptinfer import embedded
 from adaptinfer.embedded.__main__ import picture
 from adaptinfer.embedded.world import SPLITS, sample_scene
-from adaptinfer.evaluation.runner import weights_digest
+from adaptinfer.evaluation.plan import weights_digest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "research" / "training"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "research"))

@@ -21,7 +21,8 @@ from adaptinfer.bench.environment import environment
 from adaptinfer.checkpoints import EMBEDDED
 from adaptinfer.evaluation.conditions import Condition, conditions
 from adaptinfer.evaluation.journal import Journal
-from adaptinfer.evaluation.runner import Plan, run, units, weights_digest
+from adaptinfer.evaluation.plan import EvaluationPlan, units, weights_digest
+from adaptinfer.evaluation.runner import run
 from adaptinfer.evaluation.summary import finite, summarise
 
 RESULTS = Path(__file__).parent.parent / "results" / "embedded"
@@ -85,7 +86,7 @@ def measure(names: Sequence[str], samples: int | None, results: Path, work: Path
     disable_progress_bar()  # of reading weights
     for name in names:
         here = RUNS[name]
-        plan = Plan(EMBEDDED, here.tasks, here.conditions, samples or here.samples, 32, device)
+        plan = EvaluationPlan(EMBEDDED, here.tasks, here.conditions, samples or here.samples, 32, device)
         journal = Journal(work / name, plan.config())
         todo = units(plan, journal.open())
         with Progress(console=Console(stderr=True), transient=True) as progress:

@@ -19,7 +19,7 @@ from adaptinfer.files import write_whole
 
 if TYPE_CHECKING:
     from adaptinfer.evaluation.journal import Block, Journal
-    from adaptinfer.evaluation.runner import Plan
+    from adaptinfer.evaluation.plan import EvaluationPlan
 
 __all__ = ["register"]
 
@@ -145,8 +145,8 @@ def _eval(
     """
     from adaptinfer.cli.app import _quieten
     from adaptinfer.evaluation.conditions import conditions, first_refusals
-    from adaptinfer.evaluation.runner import Plan
-    from adaptinfer.evaluation.scale import Ranks
+    from adaptinfer.evaluation.plan import EvaluationPlan
+    from adaptinfer.evaluation.processes import Processes
     from adaptinfer.pruners import METHODS
 
     _quieten()
@@ -163,13 +163,15 @@ def _eval(
         seeds=seeds,
         controls=controls,
     )
-    ranks = Ranks.of_environment(device)
+    ranks = Processes.of_environment(device)
     if ray and ranks.count > 1:
         raise InputError("--ray: not together with accelerate launch; take one of them")
     where = ranks.device(device)
     if skip and samples is None:
         raise InputError("--skip: say with --samples how many to take behind those that are left out")
-    plan = Plan(model, tuple(tasks or ["world"]), tuple(found), samples, batch, where, dtype, trust_remote_code, skip)
+    plan = EvaluationPlan(
+        model, tuple(tasks or ["world"]), tuple(found), samples, batch, where, dtype, trust_remote_code, skip
+    )
     _check_budgets(plan, first_refusals, quiet=not ranks.is_main)
     command = shlex.join(["adaptinfer", "eval", *recorded_arguments(context)])
     journal, done = ranks.journal(output, plan)
@@ -193,7 +195,7 @@ def _eval(
         typer.echo(f"{name.partition('.')[0]}: {output / name}")
 
 
-def _check_budgets(plan: Plan, first_refusals: Any, quiet: bool) -> None:
+def _check_budgets(plan: EvaluationPlan, first_refusals: Any, quiet: bool) -> None:
     """Plan every condition on the first prompt's vision tokens; say which cannot run, refuse if none can."""
     name, task = next(iter(plan.loaded_tasks.items()))
     samples = plan.loaded_samples[name]
@@ -215,22 +217,24 @@ def _check_budgets(plan: Plan, first_refusals: Any, quiet: bool) -> None:
     raise InputError(f"task {name!r}: none of its {len(samples)} samples can be used")
 
 
-def _answer(plan: Plan, journal: Journal, done: set[Block], ranks: Any, ray: int, progress: Any) -> Any:
-    from adaptinfer.evaluation.runner import run, units
+def _answer(plan: EvaluationPlan, journal: Journal, done: set[Block], ranks: Any, ray: int, progress: Any) -> Any:
+    from adaptinfer.evaluation.plan import units
+    from adaptinfer.evaluation.runner import run
 
     todo = ranks.share(units(plan, done))
     total = sum(len(unit.wanted) for unit in todo)
     progress.begin(total, "answers")
     if ray:
+        from adaptinfer.cli.app import _quieten
         from adaptinfer.evaluation.on_ray import run_on_ray
 
-        run_on_ray(plan, journal, todo, ray, progress.step)
+        run_on_ray(plan, journal, todo, ray, progress.step, prepare=_quieten)
         return None
     return run(plan, journal, todo, progress.step)
 
 
 def _finish(
-    plan: Plan, journal: Journal, worker: Any, command: str, rounds: int, output: Path, progress: Any
+    plan: EvaluationPlan, journal: Journal, worker: Any, command: str, rounds: int, output: Path, progress: Any
 ) -> dict[str, Any]:
     """Latency, summary, plots and report from the answers on disk."""
     from adaptinfer.bench.environment import environment

@@ -6,17 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
+from adaptinfer.checkpoints import Checkpoint
 from adaptinfer.errors import AdaptInferError, InputError
 from adaptinfer.evaluation.controls import ORACLES, RESIZED, VIEWS, Evidence
 from adaptinfer.pruners.base import Positions, Pruner, PrunerError
 from adaptinfer.schedule import Schedule, ScheduleError
-
-if TYPE_CHECKING:
-    from adaptinfer.checkpoints import Checkpoint
-
-__all__ = ["VANILLA", "Condition", "conditions", "first_refusals", "published"]
 
 VANILLA = "vanilla"
 _SEED_STRIDE = 10_007  # a prime, so that runs and batches share no seed

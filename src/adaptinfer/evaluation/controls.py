@@ -5,25 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageStat
+from torch import Tensor
 
+from adaptinfer.engine.selection import FeatureView
+from adaptinfer.engine.stage import StageView
 from adaptinfer.errors import InputError
+from adaptinfer.evaluation.samples import Cell
 from adaptinfer.functional import counter_uniform, marked_first
 from adaptinfer.pruners.base import Pruner, Selection
 from adaptinfer.pruners.before import Selector, of_score
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adaptinfer.engine.selection import FeatureView
-    from adaptinfer.engine.stage import StageView
-    from adaptinfer.evaluation.tasks import Cell
-
-__all__ = ["ORACLES", "RESIZED", "VIEWS", "Evidence", "EvidenceBefore", "evidence_tokens"]
 
 RESIZED = "resized"
 """The control that is no change of pictures alone: `adaptinfer.resize.Resize` at each budget."""

@@ -20,8 +20,6 @@ from typing import Any
 from adaptinfer.errors import InputError
 from adaptinfer.files import write_whole
 
-__all__ = ["Block", "Journal", "Record"]
-
 FORMAT, VERSION = "adaptinfer.answers", 1
 
 Record = dict[str, Any]

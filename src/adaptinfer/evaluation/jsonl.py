@@ -13,20 +13,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image
 
 from adaptinfer.errors import InputError
-from adaptinfer.evaluation.tasks import Sample, SampleError, Turn
+from adaptinfer.evaluation.samples import SampleError, TaskSample, Turn
 from adaptinfer.pictures import read_pictures
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from PIL import Image
-
-__all__ = ["JsonlTask"]
 
 _FIELDS = {"id", "image", "images", "question", "answer", "answers", "kind"}
 
@@ -56,7 +52,7 @@ class JsonlTask:
         except OSError as error:
             raise InputError(f"task {path!r}: cannot be read ({error.strerror})") from None
         self._digest = hashlib.sha256(data).hexdigest()
-        self._samples: list[Sample] = []
+        self._samples: list[TaskSample] = []
         self._pictures: dict[str, tuple[str, ...]] = {}
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -64,10 +60,10 @@ class JsonlTask:
         if not self._samples:
             raise InputError(f"task {path!r}: is empty")
 
-    def samples(self, count: int | None) -> Sequence[Sample]:
+    def samples(self, count: int | None) -> Sequence[TaskSample]:
         return self._samples[:count]
 
-    def pictures(self, sample: Sample) -> list[Image.Image]:
+    def pictures(self, sample: TaskSample) -> list[Image.Image]:
         folder = self._path.parent
         try:
             found = read_pictures([folder / name for name in self._pictures[sample.id]])
@@ -119,7 +115,7 @@ class JsonlTask:
         if name in self._pictures:
             raise refuse(f"id: {name!r} stands on an earlier line already")
         self._pictures[name] = images
-        self._samples.append(Sample(name, "+".join(images), (Turn(question.strip(), answers, kind),)))
+        self._samples.append(TaskSample(name, "+".join(images), (Turn(question.strip(), answers, kind),)))
 
 
 def _texts(entry: dict[str, Any], one: str, many: str, refuse: Any) -> tuple[str, ...]:

@@ -10,23 +10,20 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adaptinfer.ask import DECODED_TOKENS, timed
 from adaptinfer.bench.timing import order_of_round, paired_ratios, summarise
 from adaptinfer.errors import AdaptInferError
 from adaptinfer.evaluation.conditions import VANILLA, Condition
 from adaptinfer.evaluation.controls import RESIZED
-
-if TYPE_CHECKING:
-    from adaptinfer.evaluation.runner import Plan, Worker
-
-__all__ = ["measure"]
+from adaptinfer.evaluation.plan import EvaluationPlan
+from adaptinfer.evaluation.runner import Worker
 
 _WARM_UPS = 1
 
 
-def measure(plan: Plan, worker: Worker, rounds: int, progress: Callable[[str], None]) -> dict[str, Any]:
+def measure(plan: EvaluationPlan, worker: Worker, rounds: int, progress: Callable[[str], None]) -> dict[str, Any]:
     """Time to first token and per token of every condition that has a cost of its own.
 
     Args:

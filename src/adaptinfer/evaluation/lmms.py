@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lmms_eval import utils  # pyright: ignore[reportMissingImports]
@@ -28,11 +29,6 @@ from adaptinfer.errors import InputError, UnsupportedError
 from adaptinfer.evaluation.conditions import published
 from adaptinfer.pruners import METHODS, Pruner
 from adaptinfer.pruners.config import from_pretrained
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-__all__ = ["AdaptInferModel", "manifest"]
 
 _MAX_NEW_TOKENS = 1024  # where a task says nothing, as lmms-eval's own models have it
 

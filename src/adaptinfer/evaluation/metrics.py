@@ -15,8 +15,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-__all__ = ["METRICS", "RIGHT", "normalise", "yes_or_no"]
-
 RIGHT = 0.5
 """Scores from here on count as right where a count of right and wrong answers is made (flips)."""
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.axes import Axes
 
 from adaptinfer.evaluation.conditions import VANILLA
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-__all__ = ["draw"]
 
 _PAPER, _INK, _QUIET, _GRID = "white", "#1d2733", "#6b7785", "#e4e8ec"
 _COLOURS = (

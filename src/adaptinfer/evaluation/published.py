@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["SETTING", "Published", "published_for"]
-
 SETTING = "LLaVA-1.5-7B, nominal 64 of 576 tokens, mean over each paper's own benchmarks"
 
 _NOMINAL_SHARE = 64 / 576

@@ -13,8 +13,6 @@ from adaptinfer.evaluation.conditions import VANILLA
 from adaptinfer.evaluation.published import SETTING, published_for
 from adaptinfer.evaluation.statistics import LEAST_GROUPS
 
-__all__ = ["Picture", "blocks", "to_html", "to_markdown"]
-
 _NOTHING = "–"
 _OURS = ("adaptinfer+", "adaptinfer")  # held against the others in every report that has them
 

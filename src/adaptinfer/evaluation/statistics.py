@@ -9,8 +9,6 @@ import numpy as np
 
 from adaptinfer.evaluation.metrics import yes_or_no
 
-__all__ = ["LEAST_GROUPS", "Difference", "Interval", "Resamples", "YesNo", "verdict", "yes_no"]
-
 LEVEL = 0.95
 RESAMPLES = 2000
 _CHUNK = 2**22  # weights held at once

@@ -8,19 +8,15 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from adaptinfer.evaluation.conditions import VANILLA, Condition
 from adaptinfer.evaluation.journal import Record
 from adaptinfer.evaluation.metrics import RIGHT, normalise, yes_or_no
+from adaptinfer.evaluation.plan import EvaluationPlan
 from adaptinfer.evaluation.statistics import Resamples, verdict, yes_no
-
-if TYPE_CHECKING:
-    from adaptinfer.evaluation.runner import Plan
-
-__all__ = ["ALL", "FORMAT", "VERSION", "finite", "summarise"]
 
 FORMAT, VERSION = "adaptinfer.evaluation", 1
 
@@ -29,7 +25,7 @@ _COSTS = ("true_average", "flops", "kv_bytes")
 _SAME_BUDGET = 0.03
 
 
-def summarise(plan: Plan, records: Iterable[Record]) -> list[dict[str, Any]]:
+def summarise(plan: EvaluationPlan, records: Iterable[Record]) -> list[dict[str, Any]]:
     """One entry per task.
 
     An answer is told by its place (sample, turn); the scores of several seeds at one place are averaged before anything
@@ -41,7 +37,7 @@ def summarise(plan: Plan, records: Iterable[Record]) -> list[dict[str, Any]]:
     return [_task(plan, name, by_task[name]) for name in plan.loaded_tasks]
 
 
-def _task(plan: Plan, name: str, records: list[Record]) -> dict[str, Any]:
+def _task(plan: EvaluationPlan, name: str, records: list[Record]) -> dict[str, Any]:
     task = plan.loaded_tasks[name]
     skipped = {record["sample"]: record["skipped"] for record in records if "skipped" in record}
     refused = {record["condition"]: record["refused"] for record in records if "refused" in record}

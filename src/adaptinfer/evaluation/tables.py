@@ -12,8 +12,6 @@ from rich.text import Text
 
 from adaptinfer.evaluation.conditions import VANILLA
 
-__all__ = ["print_results"]
-
 _STYLES = {"better": "green", "worse": "red", "open": "dim"}
 
 

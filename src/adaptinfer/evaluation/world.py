@@ -3,8 +3,8 @@ two pictures."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -13,12 +13,7 @@ from adaptinfer.embedded.world import SPLITS, VERSION, Scene, sample_scene
 from adaptinfer.embedded.world.questions import Question, conversation, pair_questions, questions_for
 from adaptinfer.embedded.world.render import render
 from adaptinfer.errors import InputError
-from adaptinfer.evaluation.tasks import DRAWN, Sample, Turn
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-__all__ = ["WorldTask"]
+from adaptinfer.evaluation.samples import DRAWN, TaskSample, Turn
 
 _QUESTIONS = 4  # of a scene, and turns of a conversation
 
@@ -27,7 +22,7 @@ class WorldTask:
     """Questions about scenes of a split, in the order of seeds, drawn for the embedded model's patches.
 
     Args:
-        form: ``world``, ``world-hard``, ``world-turns`` or ``world-pair``.
+        form: a name in `FORMS`.
         split: a name in `SPLITS`.
 
     Raises:
@@ -45,16 +40,16 @@ class WorldTask:
         side, self._patch = patches()
         self.grid: tuple[int, int] | None = (side, side)
 
-    def samples(self, count: int | None) -> Sequence[Sample]:
+    def samples(self, count: int | None) -> Sequence[TaskSample]:
         count = DRAWN if count is None else count
-        found: list[Sample] = []
+        found: list[TaskSample] = []
         for seed in SPLITS[self.split]:
             if len(found) >= count:
                 break
-            found += _SAMPLES[self.form](self._scene, seed)
+            found += FORMS[self.form](self._scene, seed)
         return found[:count]
 
-    def pictures(self, sample: Sample) -> list[Image.Image]:
+    def pictures(self, sample: TaskSample) -> list[Image.Image]:
         hard = self.form == "world-hard"
         assert self.grid is not None
         return [_picture(int(seed), self.grid[0], hard, self._patch) for seed in sample.group.split("+")]
@@ -83,25 +78,39 @@ def _turn(question: Question, *scenes: Scene) -> Turn:
     return Turn(question.text, (question.answer,), question.kind, tuple(cells))
 
 
-def _single(scene_of: Callable[[int], Scene], seed: int) -> list[Sample]:
+def _single(scene_of: Callable[[int], Scene], seed: int) -> list[TaskSample]:
     scene = scene_of(seed)
     questions = questions_for(scene, 0, _QUESTIONS)
-    return [Sample(f"{seed}/{n}", str(seed), (_turn(question, scene),)) for n, question in enumerate(questions)]
+    return [TaskSample(f"{seed}/{n}", str(seed), (_turn(question, scene),)) for n, question in enumerate(questions)]
 
 
-def _conversation(scene_of: Callable[[int], Scene], seed: int) -> list[Sample]:
+def _conversation(scene_of: Callable[[int], Scene], seed: int) -> list[TaskSample]:
     scene = scene_of(seed)
     return [
-        Sample(str(seed), str(seed), tuple(_turn(question, scene) for question in conversation(scene, 0, _QUESTIONS)))
+        TaskSample(
+            str(seed), str(seed), tuple(_turn(question, scene) for question in conversation(scene, 0, _QUESTIONS))
+        )
     ]
 
 
-def _pair(scene_of: Callable[[int], Scene], seed: int) -> list[Sample]:
+def _pair(scene_of: Callable[[int], Scene], seed: int) -> list[TaskSample]:
     if seed % 2:
         return []
     scenes, group = (scene_of(seed), scene_of(seed + 1)), f"{seed}+{seed + 1}"
     questions = pair_questions(*scenes, 0, _QUESTIONS)
-    return [Sample(f"{group}/{n}", group, (_turn(question, *scenes),)) for n, question in enumerate(questions)]
+    return [TaskSample(f"{group}/{n}", group, (_turn(question, *scenes),)) for n, question in enumerate(questions)]
 
 
-_SAMPLES = {"world": _single, "world-hard": _single, "world-turns": _conversation, "world-pair": _pair}
+FORMS: dict[str, Callable[[Callable[[int], Scene], int], list[TaskSample]]] = {
+    "world": _single,
+    "world-hard": _single,
+    "world-turns": _conversation,
+    "world-pair": _pair,
+}
+"""Samples of a scene's seed, by the task's name.
+
+- ``world``: single questions of every kind about one picture, four a picture.
+- ``world-hard``: the same about pictures in which everything is small.
+- ``world-turns``: conversations of four questions, some of which refer to the one before.
+- ``world-pair``: questions that compare two pictures.
+"""

@@ -5,30 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
 
+from adaptinfer.checkpoints import Checkpoint
 from adaptinfer.engine.families import placeholders_of
+from adaptinfer.engine.report import Report
 from adaptinfer.errors import InputError
+from adaptinfer.pruners.base import Pruner
+from adaptinfer.resize import Resize
 from adaptinfer.schedule import ModelShape, Schedule
-
-if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
-
-    from adaptinfer.checkpoints import Checkpoint
-    from adaptinfer.engine.report import Report
-    from adaptinfer.pruners.base import Pruner
-    from adaptinfer.resize import Resize
-
-__all__ = ["Batch", "Cost", "Outcome", "Subject"]
 
 _SENTINEL = "~~~~"  # stands for an answer while a chat template is asked what comes after one
 
 
 @dataclass(frozen=True)
-class Batch:
+class PromptBatch:
     """First prompts of some samples, left-padded, on the model's device.
 
     Attributes:
@@ -74,7 +69,7 @@ class Outcome:
     costs: tuple[Cost, ...]
 
 
-class Subject:
+class Answerer:
     """A loaded checkpoint with its processor.
 
     Args:
@@ -93,7 +88,7 @@ class Subject:
 
     def batch(
         self, questions: Sequence[str], pictures: Sequence[Sequence[Image.Image]], resize: Resize | None = None
-    ) -> Batch:
+    ) -> PromptBatch:
         """Prompts for the first turn of each sample.
 
         Args:
@@ -123,17 +118,17 @@ class Subject:
             resize.check(self.processor, inputs, wanted)
         return self.counted(inputs)
 
-    def counted(self, inputs: Any) -> Batch:
+    def counted(self, inputs: Any) -> PromptBatch:
         """A processor's output on the model's device, with its tokens counted."""
         vision = torch.isin(inputs["input_ids"], self._placeholders) & inputs["attention_mask"].bool()
         counts = vision.sum(dim=1)
         text = inputs["attention_mask"].sum(dim=1) - counts
         inputs = inputs.to(self.model.device, self.model.dtype)
-        return Batch(inputs, tuple(counts.tolist()), tuple(text.tolist()))
+        return PromptBatch(inputs, tuple(counts.tolist()), tuple(text.tolist()))
 
     @torch.no_grad()
     def answer(
-        self, batch: Batch, later: Sequence[Sequence[str]], max_new_tokens: int, pruner: Pruner | Resize | None
+        self, batch: PromptBatch, later: Sequence[Sequence[str]], max_new_tokens: int, pruner: Pruner | Resize | None
     ) -> Outcome:
         """Greedy answers to a batch's first questions and to later ones on the same cache.
 
@@ -185,7 +180,7 @@ class Subject:
         ids = torch.cat([sequences, tails["input_ids"]], dim=1)
         return ids, torch.cat([mask, kept.to(mask.dtype), tails["attention_mask"].to(mask.dtype)], dim=1)
 
-    def _costs(self, batch: Batch, report: Report | None) -> tuple[Cost, ...]:
+    def _costs(self, batch: PromptBatch, report: Report | None) -> tuple[Cost, ...]:
         layers, early = self.shape.num_layers, report is None or report.early_drop
         whole = (Schedule((), layers),) * len(batch.vision_tokens)
         return tuple(

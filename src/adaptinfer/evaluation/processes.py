@@ -10,21 +10,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adaptinfer.errors import InputError
-
-if TYPE_CHECKING:
-    from adaptinfer.evaluation.journal import Block, Journal
-    from adaptinfer.evaluation.runner import Plan, Unit
-
-__all__ = ["Ranks"]
+from adaptinfer.evaluation.journal import Block, Journal
+from adaptinfer.evaluation.plan import EvaluationPlan, Unit, units
 
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Processes:
     """This process among those of a run.
 
     Attributes:
@@ -40,7 +36,7 @@ class Ranks:
     state: Any = None
 
     @classmethod
-    def of_environment(cls, device: str) -> Ranks:
+    def of_environment(cls, device: str) -> Processes:
         """As the launcher left it in the environment.
 
         Args:
@@ -73,7 +69,7 @@ class Ranks:
 
         return f"cuda:{self.local}" if torch.cuda.is_available() else "cpu"
 
-    def journal(self, folder: Path, plan: Plan) -> tuple[Journal, set[Block]]:
+    def journal(self, folder: Path, plan: EvaluationPlan) -> tuple[Journal, set[Block]]:
         """This process's file of answers, opened, and the blocks that are done; the first one mends what was left.
 
         The blocks are the same in every process, so that their shares are of one list: nobody appends before the last
@@ -83,8 +79,6 @@ class Ranks:
         Raises:
             InputError: the folder cannot be written, is in use, or holds answers of another run.
         """
-        from adaptinfer.evaluation.journal import Journal
-
         journal = Journal(folder, plan.config(), None if self.is_main else self.index)
         done: set[Block] = set()
         if self.is_main:
@@ -99,14 +93,12 @@ class Ranks:
         """Every ``count``-th unit."""
         return list(todo[self.index :: self.count])
 
-    def finish(self, plan: Plan, journal: Journal) -> bool:
+    def finish(self, plan: EvaluationPlan, journal: Journal) -> bool:
         """Wait for the others and, in the first process, make one file of all; tells whether this is the first.
 
         Raises:
             InputError: that file cannot be written, or answers are missing in it.
         """
-        from adaptinfer.evaluation.runner import units
-
         self._wait()
         if self.is_main:
             journal.merge(list(plan.loaded_tasks), [condition.name for condition in plan.conditions])
