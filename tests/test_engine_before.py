@@ -42,7 +42,7 @@ from adaptinfer import (
     from_pretrained,
 )
 from adaptinfer.engine.selection import Images, select_before
-from adaptinfer.engine.tower import Encoded
+from adaptinfer.engine.vision.tower import Encoded
 from adaptinfer.pruners.before import Selector, SelectsBefore
 
 METHODS_BEFORE = {name: method for name, method in METHODS.items() if issubclass(method, SelectsBefore)}
@@ -364,7 +364,7 @@ def test_without_a_class_token_attention_is_the_mean_over_rows(monkeypatch):
     with torch.no_grad():
         tower = setup.build("eager").base_model.vision_tower
         full = tower(inputs["pixel_values"], output_attentions=True).attentions
-    monkeypatch.setattr("adaptinfer.engine.tower._LARGEST", 4 * 49 * 5)  # five rows at a time
+    monkeypatch.setattr("adaptinfer.engine.vision.tower._LARGEST", 4 * 49 * 5)  # five rows at a time
     _, report = run(setup.build("sdpa"), inputs, FasterVLM(budget=0.3, layer=-1))
     torch.testing.assert_close(report.scores[0][0], full[-1].mean(dim=(1, 2))[0], atol=1e-6, rtol=0)
 

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from adaptinfer import ToMe, UnsupportedError, attach
-from adaptinfer.engine.merging import merge_step
+from adaptinfer.engine.vision.merging import merge_step
 from adaptinfer.pruners.tome import match
 
 

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from adaptinfer.calibration.result import Calibration
     from adaptinfer.calibration.run import calibrate
     from adaptinfer.engine.attach import Handle, attach, disabled
-    from adaptinfer.engine.compiled import Compiled, compile
+    from adaptinfer.engine.cache.prefix import PrefixCache
+    from adaptinfer.engine.graphs.compiled import Compiled, compile
     from adaptinfer.engine.report import Report
     from adaptinfer.errors import AdaptInferError, InputError, UnsupportedError
-    from adaptinfer.prefix import PrefixCache
     from adaptinfer.pruners import (
         DART,
         FEATHER,
@@ -118,10 +118,10 @@ _HOME = {
     "calibration.result": ("Calibration",),
     "calibration.run": ("calibrate",),
     "engine.attach": ("Handle", "attach", "disabled"),
-    "engine.compiled": ("Compiled", "compile"),
+    "engine.graphs.compiled": ("Compiled", "compile"),
     "engine.report": ("Report",),
     "errors": ("AdaptInferError", "InputError", "UnsupportedError"),
-    "prefix": ("PrefixCache",),
+    "engine.cache.prefix": ("PrefixCache",),
     "pruners": (
         *("METHODS", "AdaptInfer", "AdaptInferPlus", "Pruner", "PrunerError", "Random", "Stride", "TextGuided"),
         *("DART", "FEATHER", "FastV", "FitPrune", "PyramidDrop", "SparseVLM", "SparseVLMPlus", "V2Drop"),

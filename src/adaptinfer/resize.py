@@ -93,7 +93,7 @@ class Resize:
     @contextmanager
     def __call__(self, model: Any) -> Iterator[None]:
         """Let a tower of fixed size read smaller pictures for the length of a ``with`` block; others need nothing."""
-        from adaptinfer.engine.tower import tower_of
+        from adaptinfer.engine.vision.tower import tower_of
 
         tower = tower_of(model.base_model)
         if tower is None or "interpolate_pos_encoding" not in inspect.signature(tower.forward).parameters:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from adaptinfer.engine.cache import cache_argument
+from adaptinfer.engine.cache.access import cache_argument
 from adaptinfer.engine.families import attention_of
 from adaptinfer.errors import InputError
 

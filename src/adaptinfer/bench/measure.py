@@ -36,8 +36,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from adaptinfer.bench.memory import PeakMemory
 from adaptinfer.bench.timing import Clock, Mark
 from adaptinfer.engine.attach import attach
-from adaptinfer.engine.cache import kv_bytes
-from adaptinfer.engine.compiled import compile
+from adaptinfer.engine.cache.access import kv_bytes
+from adaptinfer.engine.graphs.compiled import compile
 from adaptinfer.errors import InputError
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from transformers import AttentionInterface
 
-from adaptinfer.engine.cache import cache_argument, check_cache, check_cache_kind, kv_bytes, seen_by
+from adaptinfer.engine.cache.access import cache_argument, kv_bytes, seen_by
+from adaptinfer.engine.cache.checks import check_cache, check_cache_kind
 from adaptinfer.engine.families import attention_of, family_of, is_flash, own_attention
 from adaptinfer.engine.forward import ACTIVE, Forward, decoding_inputs
 from adaptinfer.engine.guards import (
@@ -38,10 +39,10 @@ from adaptinfer.engine.guards import (
 from adaptinfer.engine.layout import PromptLayout, read_layout
 from adaptinfer.engine.masks import real_tokens
 from adaptinfer.engine.parallel import Ranks
-from adaptinfer.engine.recorder import Recorder
 from adaptinfer.engine.report import Report
 from adaptinfer.engine.selection import Images
-from adaptinfer.engine.tower import TOWER_ATTENTION, Encoded, attention_in_tower
+from adaptinfer.engine.vision.recorder import Recorder
+from adaptinfer.engine.vision.tower import TOWER_ATTENTION, Encoded, attention_in_tower
 from adaptinfer.errors import AdaptInferError, UnsupportedError
 from adaptinfer.functional import gather_tokens, scatter_tokens
 from adaptinfer.pruners.base import Pruner
@@ -53,8 +54,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
 
-    from adaptinfer.engine.compiled import Compiled
     from adaptinfer.engine.families import Family
+    from adaptinfer.engine.graphs.compiled import Compiled
 
 __all__ = ["Handle", "attach", "disabled", "handle_of", "is_attached"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from adaptinfer.engine.cache import history_of
+from adaptinfer.engine.cache.access import history_of
 from adaptinfer.engine.layout import PromptLayout, rectangle
 from adaptinfer.engine.masks import visible_keys
 from adaptinfer.engine.report import StageRecord
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from adaptinfer.engine.families import Family
     from adaptinfer.engine.parallel import Ranks
-    from adaptinfer.engine.tower import Encoded
+    from adaptinfer.engine.vision.tower import Encoded
     from adaptinfer.pruners.base import Pruner, Selection
 
 __all__ = ["Segment", "Stages"]

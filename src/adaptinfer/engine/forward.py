@@ -13,18 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from adaptinfer.engine.cache import (
-    History,
-    Keys,
-    announce,
-    cache_argument,
-    check_cache,
-    history_of,
-    hold,
-    keys_of,
-    mask_offset,
-    whole_history,
-)
+from adaptinfer.engine.cache.access import announce, cache_argument, history_of, hold, keys_of, mask_offset
+from adaptinfer.engine.cache.checks import check_cache
+from adaptinfer.engine.cache.history import History, Keys, whole_history
 from adaptinfer.engine.choosing import Segment, Stages
 from adaptinfer.engine.masks import layer_mask, recurrent_mask
 from adaptinfer.errors import UnsupportedError

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from adaptinfer.engine.cache import PrunedLayer, cache_argument, check_cache
-from adaptinfer.engine.decoding_graph import LentLayer
+from adaptinfer.engine.cache.access import cache_argument
+from adaptinfer.engine.cache.checks import check_cache
+from adaptinfer.engine.cache.layers import PrunedLayer
 from adaptinfer.engine.families import check_backend
+from adaptinfer.engine.graphs.decoding import LentLayer
 from adaptinfer.errors import UnsupportedError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from adaptinfer.engine.cache import Keys
+from adaptinfer.engine.cache.history import Keys
 from adaptinfer.functional import gather_tokens
 
 __all__ = ["layer_mask", "real_tokens", "recurrent_mask", "visible_keys"]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from adaptinfer.engine.layout import PromptLayout
-    from adaptinfer.engine.tower import Encoded, Tower
+    from adaptinfer.engine.vision.tower import Encoded, Tower
     from adaptinfer.pruners.before import SelectsBefore
 
 __all__ = ["FeatureView", "Grids", "Images", "select_before"]

@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from adaptinfer.engine.attach import handle_of
-from adaptinfer.engine.cache import PrunedLayer, cache_argument
-from adaptinfer.engine.decoding_graph import DecodingGraph, Lease, LentLayer, groups_of
-from adaptinfer.engine.graphs import CudaGraphs, Graphs, Store
+from adaptinfer.engine.cache.access import cache_argument
+from adaptinfer.engine.cache.layers import PrunedLayer
+from adaptinfer.engine.graphs.capture import CudaGraphs, Graphs, Store
+from adaptinfer.engine.graphs.decoding import DecodingGraph, Lease, LentLayer, groups_of
+from adaptinfer.engine.graphs.prefill import CACHE_NAMES, PrefillGraph, bucket_of
 from adaptinfer.engine.guards import arguments_of
-from adaptinfer.engine.prefill_graph import CACHE_NAMES, PrefillGraph, bucket_of
 from adaptinfer.errors import check_whole
 from adaptinfer.schedule import BEFORE
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adaptinfer.engine.merging import TowerMerging
-from adaptinfer.engine.tower import RECORDING, Encoded, Tower
+from adaptinfer.engine.vision.merging import TowerMerging
+from adaptinfer.engine.vision.tower import RECORDING, Encoded, Tower
 from adaptinfer.pruners.before import Read
 
 if TYPE_CHECKING:

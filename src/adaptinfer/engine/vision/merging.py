@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adaptinfer.engine.tower import RECORDING
+from adaptinfer.engine.vision.tower import RECORDING
 from adaptinfer.errors import UnsupportedError
 from adaptinfer.functional import gather_tokens, marked_first
 from adaptinfer.pruners.before import Read
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from adaptinfer.engine.tower import Encoded, Tower
+    from adaptinfer.engine.vision.tower import Encoded, Tower
 
 __all__ = ["TowerMerging", "merge_step"]
 

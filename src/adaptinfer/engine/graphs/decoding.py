@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from adaptinfer.engine.cache import History, PrunedLayer
+from adaptinfer.engine.cache.history import History
+from adaptinfer.engine.cache.layers import PrunedLayer
 from adaptinfer.engine.forward import ACTIVE
-from adaptinfer.engine.graphs import Captured, Graphs
-from adaptinfer.engine.prefill_graph import round_up
+from adaptinfer.engine.graphs.capture import Captured, Graphs
+from adaptinfer.engine.graphs.prefill import round_up
 
 if TYPE_CHECKING:
     from adaptinfer.engine.attach import Generation

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from adaptinfer.engine.cache import PrunedLayer, announce, hold
+from adaptinfer.engine.cache.access import announce, hold
+from adaptinfer.engine.cache.layers import PrunedLayer
 from adaptinfer.engine.choosing import Segment
 from adaptinfer.engine.forward import ACTIVE, Forward
-from adaptinfer.engine.graphs import Captured, Graphs
+from adaptinfer.engine.graphs.capture import Captured, Graphs
 from adaptinfer.engine.layout import PromptLayout
 from adaptinfer.engine.report import StageRecord
 

@@ -1,0 +1,1 @@
+"""`adaptinfer.compile`: the decoder in captured CUDA graphs."""
