@@ -1,9 +1,9 @@
-"""The tables of docs/evaluation.md, from committed results.
+"""The tables of docs/results/accuracy.md and docs/results/search.md, from committed results.
 
     python research/evaluation_tables.py
 
-prints all of them, to be pasted; `tests/test_readme.py` holds the page to them. The commands stand above each table in
-the page.
+prints all of them, to be pasted; `tests/test_readme.py` holds the pages to them. The commands stand above
+each table.
 """
 
 from __future__ import annotations

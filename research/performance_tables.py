@@ -1,9 +1,9 @@
-"""The tables of docs/performance.md and the README's of speed, from committed results.
+"""The tables of docs/results/performance.md from committed results.
 
     python research/performance_tables.py
 
-prints all of them, to be pasted: those of `profile_prefill.py` and `steps.py` into the page, that of `adaptinfer bench`
-into the README. `tests/test_profile.py` and `tests/test_readme.py` hold both to them.
+prints all of them, to be pasted into the page: those of `profile_prefill.py`, `steps.py` and `adaptinfer bench`.
+`tests/test_profile.py` and `tests/test_readme.py` hold it to them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What single steps of docs/performance.md gain, each measured by taking it back, in interleaved rounds.
+"""What single steps of docs/results/performance.md gain, each measured by taking it back, in interleaved rounds.
 
     python research/steps.py                                            # llava-1b, float32, a true 64
     python research/steps.py --dtype bfloat16 --json research/results/NAME.json

@@ -3,7 +3,7 @@
 
     python research/vllm_throughput.py [--shape llava-1b] [--budget 64] [--concurrency 4] [--requests 12] [--rounds 3]
 
-Run it in vLLM's own environment (docs/serving.md) on a machine that does nothing else. One server for each variant:
+Run it in vLLM's own environment (docs/guides/vllm.md) on a machine that does nothing else. One server for each variant:
 vLLM as it comes, its Transformers backend in eager mode (what pruning runs in), and that with a pruner. All have the
 same random weights and stay up; rounds go through them in turn, so that a slow minute meets all alike. Each request has
 a picture of its own, or vLLM's caches would answer in the model's place.

@@ -1,10 +1,10 @@
-"""What is supported, told by the tests: runs them in several environments and writes the tables of docs/support.md.
+"""The support matrix: run the tests in several environments and write docs/results/support.md from what pytest said.
 
     .venv/bin/python tests/support.py run                      # the whole matrix, in the project's own environment
     .venv/bin/python tests/support.py run --name NAME --python PYTHON [--usual]      # another one, or less of it
-    .venv/bin/python tests/support.py table                    # docs/support.md from docs/support/*.json
+    .venv/bin/python tests/support.py table                    # the page, from research/results/support/*.json
 
-A cell of a table is what pytest said of the tests behind it, so nothing can be claimed there that did not pass.
+A cell counts the tests that passed for it, so the page cannot claim what did not pass.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Annotated, Any
 import typer
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "docs" / "support"
-PAGE = ROOT / "docs" / "support.md"
+FOLDER = ROOT / "research" / "results" / "support"
+PAGE = ROOT / "docs" / "results" / "support.md"
 MATRIX = "tests/test_families.py"
 FILES = [
     MATRIX,
@@ -44,7 +44,7 @@ app = typer.Typer(add_completion=False, help=__doc__)
 
 @app.command()
 def run(
-    name: Annotated[str, typer.Option(help="Name of the environment; its results are docs/support/NAME.json.")] = MAIN,
+    name: Annotated[str, typer.Option(help="Environment; its results are research/results/support/NAME.json.")] = MAIN,
     python: Annotated[str, typer.Option(help="Interpreter that has torch, transformers and pytest.")] = sys.executable,
     usual: Annotated[bool, typer.Option("--usual", help="Only what `make test` runs.")] = False,
     workers: Annotated[int, typer.Option(help="Processes.")] = 2,
@@ -65,7 +65,7 @@ def run(
 
 @app.command()
 def table() -> None:
-    """Write docs/support.md."""
+    """Write docs/results/support.md."""
     PAGE.write_text(page(load()), encoding="utf-8")
     print(f"{PAGE.relative_to(ROOT)} written")
 
@@ -97,9 +97,13 @@ def page(environments: dict[str, Any]) -> str:
 
 _INTRODUCTION = """# What is supported
 
-Written by `.venv/bin/python tests/support.py table` from what pytest said in `docs/support/*.json`; do not edit.
-A number is how many tests passed behind a cell, `✗` how many failed; a dash means that there is none. All of it ran on
-tiny random models of the real transformers classes, on a CPU; no pretrained checkpoint was loaded.
+Which tests passed, for each model family and each version of Python, torch and transformers.
+
+A number counts the tests that passed. `✗` counts those that failed. A dash means that no such test exists.
+Everything ran on a CPU, on tiny random models of the real transformers classes. No pretrained checkpoint was loaded.
+
+This page is generated: `.venv/bin/python tests/support.py table` writes it from `research/results/support/*.json`.
+Do not edit it by hand.
 """
 
 
@@ -124,8 +128,8 @@ def _environments(environments: dict[str, Any]) -> str:
             failures.append(f"Failing on transformers {about['transformers']} ({name}): {shown}.\n")
     lines += [
         "",
-        "Skipped on older versions is what these cannot do themselves, and what is refused on them: `OLDER` and",
-        "`OLDER_TESTS` in `tests/conftest.py` list the reasons.",
+        "On older versions, tests are skipped where that version lacks the feature or where we reject it.",
+        "`OLDER` and `OLDER_TESTS` in `tests/conftest.py` list the reasons.",
     ]
     return "\n".join([*lines, "", *failures])
 
@@ -162,8 +166,8 @@ def _families(results: dict[str, Any]) -> str:
     lines = [
         "## Families\n",
         f"Against the masked oracle in float32, `{MATRIX}`: prefill and cached decoding, stages in early, middle and",
-        "late layers. Names are those of `tests/zoo.py`: mostly `model_type`, with the text model behind it",
-        "where there are several.\n",
+        "late layers. Names are those of `tests/zoo.py`: mostly `model_type`, followed by the text model where there",
+        "are several.\n",
         "| family | " + " | ".join(_COLUMNS) + " |",
         "|---" * (len(_COLUMNS) + 1) + "|",
     ]

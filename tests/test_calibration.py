@@ -762,7 +762,7 @@ def test_the_documents_tables_are_those_of_the_committed_run(monkeypatch):
     root = Path(__file__).parent.parent
     monkeypatch.syspath_prepend(root / "research")
     study = importlib.import_module("calibration_study")
-    document = (root / "docs/calibration.md").read_text(encoding="utf-8")
+    document = (root / "docs/results/calibration-study.md").read_text(encoding="utf-8")
     for part, table in study._TABLES.items():
         results = json.loads((root / f"research/results/calibration_study/{part}.json").read_text())["results"]
         assert table(results) in document, part

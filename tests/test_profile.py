@@ -30,7 +30,7 @@ import profile_prefill
 import steps
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "results" / "performance.md").read_text(encoding="utf-8")
 TEXT = 14
 
 
@@ -318,7 +318,7 @@ def test_what_is_taken_back_changes_no_answer(bench, monkeypatch):
 
 def test_the_pages_figures_are_those_of_the_committed_runs():
     for path, lines in performance_tables.committed():
-        assert "\n".join(lines) in PAGE, f"docs/performance.md does not hold the table of {path.name}"
+        assert "\n".join(lines) in PAGE, f"docs/results/performance.md does not hold the table of {path.name}"
         assert f"`{path.name}`" in PAGE
 
 

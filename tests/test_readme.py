@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, and its figures are those of the committed results."""
+"""The figures of the README and of the site are those of the committed results."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ import performance_tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "docs" / "results"
+PERFORMANCE = (RESULTS / "performance.md").read_text(encoding="utf-8")
 
 
 def test_the_ten_lines_run(monkeypatch, capsys):
@@ -44,31 +46,29 @@ def test_the_examples_picture_is_the_demos_scene():
 
 
 def test_accuracy_is_that_of_the_committed_runs_on_the_shipped_weights():
-    """`train.py measure`, then `... card`, wrote the card and the README's table, from these weights."""
+    """`train.py measure`, then `... card`, wrote the card and the site's table, from these weights."""
     documents = card.read(measure.RESULTS)
     for name in measure.RUNS:
         assert documents[name]["weights"] == weights_digest("embedded"), f"{name}.json is of another model"
     shipped = ROOT / "src/adaptinfer/embedded/checkpoint/README.md"
     assert shipped.read_text(encoding="utf-8") == card.card(documents)
-    assert card.into(README, card.pruned(documents)) == README
+    page = (ROOT / card.PAGE).read_text(encoding="utf-8")
+    assert card.into(page, card.pruned(documents)) == page
 
 
 def test_speed_is_that_of_the_committed_runs():
-    assert "\n".join(performance_tables.speed_lines()) in README
+    assert "\n".join(performance_tables.speed_lines()) in PERFORMANCE
 
 
 def test_accuracy_of_methods_is_that_of_the_committed_runs():
-    """Every table of docs/evaluation.md, and the weights behind those that a digest is kept of."""
-    page = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    """Every table of the two pages, each on one of them."""
+    pages = "".join((RESULTS / name).read_text(encoding="utf-8") for name in ("accuracy.md", "search.md"))
     for name, lines in evaluation_tables.committed().items():
-        assert "\n".join([f"<!-- {name} -->", "", *lines]) in page, (
-            f"docs/evaluation.md does not hold the table {name!r}"
-        )
+        assert "\n".join([f"<!-- {name} -->", "", *lines]) in pages, f"docs/results does not hold the table {name!r}"
         assert len(lines) > 3
 
 
 def test_throughput_is_that_of_the_committed_run():
-    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
     rounds = json.loads((ROOT / "research/results/vllm_throughput_llava-1b_cpu.json").read_text())["rounds"]
     plain = next(iter(rounds.values()))
     for measured in rounds.values():
@@ -76,7 +76,7 @@ def test_throughput_is_that_of_the_committed_run():
         ratio = statistics.median(each / own["requests_per_second"] for each, own in zip(rates, plain, strict=True))
         waits = statistics.median(statistics.median(each["ttft_seconds"]) for each in measured)
         spread = f"{statistics.median(rates):.3f} ({min(rates):.3f}–{max(rates):.3f}) | {ratio:.2f}× | {waits:.2f} s |"
-        assert spread in page
+        assert spread in PERFORMANCE
 
 
 def test_each_mutant_still_finds_its_line():

@@ -1,4 +1,4 @@
-"""docs/support.md is what the results say, and these are complete."""
+"""docs/results/support.md is what the results say, and these are complete."""
 
 from __future__ import annotations
 

@@ -271,7 +271,7 @@ def test_the_card_is_made_of_results_alone(trained, tmp_path, monkeypatch):
     assert text == card.card(documents) and "4 × 4 pictures" in text  # steps and batch of the toy
     assert (made / "research" / "training" / "curve.png").stat().st_size > 1000
     table = card.pruned(documents)
-    assert table in text and table in (made / "README.md").read_text()
+    assert table in text and table in (made / card.PAGE).read_text()
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in table.splitlines()}
     (task,) = documents["pruned"]["tasks"]
     found = next(row for row in task["conditions"] if row["name"] == "adaptinfer 64")

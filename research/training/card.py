@@ -1,6 +1,6 @@
-"""The model card, and the README's table of accuracy, from the JSON files of `measure.py` and a training run's logs.
+"""The model card, and the table of docs/results/embedded-model.md.
 
-Every figure of the card comes from there. Where a file is missing nothing is written.
+Every figure comes from the JSON files of `measure.py` and a training run's logs. Where a file is missing nothing is written.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ EXAMPLES = {
     FOLLOW_UP: ("and what shape", "about the thing of the turn before"),
     PAIR: ("which picture has more stars", "first, second, same; yes, no"),
 }
+PAGE = "docs/results/embedded-model.md"  # its table stands between these two marks
 BEGIN, END = "<!-- written by research/training/train.py card: begin -->", "<!-- end -->"
 
 

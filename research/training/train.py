@@ -6,7 +6,7 @@
     python research/training/train.py export --preset cpu  # write the checkpoint folder that the package ships
     python research/training/train.py all --preset full  # all of it
     python research/training/train.py measure  # evaluate the shipped checkpoint: results/embedded/
-    python research/training/train.py card --preset cpu  # model card, pictures and the README's table, from these
+    python research/training/train.py card --preset cpu  # model card, pictures and the site's table, from these
 
 The first two phases are LLaVA's: a tower that already sees, frozen, then a language model that learns to use it. Every
 phase goes on from its last save, exactly as if it had never stopped, and stops by itself after ``--minutes``. What a
@@ -23,8 +23,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from card import PAGE, into, pruned, read, record
 from card import card as model_card
-from card import into, pruned, read, record
 from config import PRESETS, Config
 from language import practise, train_language
 from llava import build_model, build_processor, build_tokenizer
@@ -158,7 +158,7 @@ def card(
     to: Annotated[Path, typer.Option(help="Folder to write into, laid out as the repository.")] = ROOT,
     pictures: Annotated[bool, typer.Option(help="Draw failures and attention, which takes the model.")] = True,
 ) -> None:
-    """Write the model card, its pictures, the training curve, and the README's table of accuracy."""
+    """Write the model card, its pictures, the training curve, and the table of docs/results/embedded-model.md."""
     config, folder = _settle(preset, out)
     if any(folder.glob("*.jsonl")):
         try:
@@ -171,7 +171,7 @@ def card(
         raise typer.BadParameter(str(error), param_hint="--results") from None
     written = {
         to / CHECKPOINT.relative_to(ROOT) / "README.md": model_card(documents),
-        to / "README.md": into((ROOT / "README.md").read_text(encoding="utf-8"), pruned(documents)),
+        to / PAGE: into((ROOT / PAGE).read_text(encoding="utf-8"), pruned(documents)),
     }
     for file, text in written.items():
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,7 @@ def _serve(
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")
     ] = False,
 ) -> None:
-    """Serve one model on an OpenAI-compatible API, one request at a time. For many users see docs/serving.md.
+    """Serve one model on an OpenAI-compatible API, one request at a time. For many users see docs/guides/vllm.md.
 
     [dim]adaptinfer serve --model embedded --port 8000[/dim]
     """

@@ -23,7 +23,7 @@ _STAGES = Schedule((Stage(1, 192), Stage(10, 96), Stage(20, 48)), 32, 576)
 
 @dataclasses.dataclass(frozen=True)
 class AdaptInferPlus(TwoPart):
-    """AdaptInfer with what a search on validation scenes added to it (docs/evaluation.md has the ablation).
+    """AdaptInfer with what a search on validation scenes added to it (docs/results/search.md has the ablation).
 
     `CDPruner` lets a little more than the budget into the language model, so that layer 0 is not given tokens that
     resemble others or have nothing to do with the question: a small budget that layer 0 alone would spend is left to
