@@ -25,7 +25,7 @@ from adaptinfer.evaluation.conditions import Condition, conditions, published
 from adaptinfer.evaluation.controls import VIEWS, Evidence, EvidenceBefore, evidence_tokens
 from adaptinfer.evaluation.journal import Journal
 from adaptinfer.evaluation.metrics import METRICS, normalise, yes_or_no
-from adaptinfer.evaluation.plots import draw
+from adaptinfer.evaluation.plots import _lines, _spread, draw
 from adaptinfer.evaluation.published import published_for
 from adaptinfer.evaluation.report import Picture, blocks, to_html, to_markdown
 from adaptinfer.evaluation.statistics import Resamples, verdict, yes_no
@@ -696,6 +696,26 @@ def test_the_report_says_where_ours_loses_and_in_what():
     assert "It loses: adaptinfer 0.1 to fastv." in second
     assert "| adaptinfer 0.1 | fastv 0.1 | -4.0 (-6.0 to -1.0) | worse | exists (-10.0), odd (-50.0) |" in second
     assert "| adaptinfer 0.1 | dart 0.1 | +4.0 (+1.0 to +6.0) | open |  |" in second
+
+
+def test_a_plot_brings_out_ours_the_oracles_and_the_best_three():
+    """Of the committed run: 32 lines, seven of them in colour, each in the panel of its kind."""
+    path = Path(__file__).parents[1] / "research" / "results" / "evaluation" / "summary.json"
+    (task,) = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+    lines = _lines(task)
+    coloured = ["adaptinfer+", "adaptinfer", "cdpruner", "coverage", "divprune", "evidence-before", "evidence"]
+    assert [line.name for line in lines if line.colour] == coloured and len(lines) == 32
+    panels = {line.name: line.panel for line in lines}
+    assert [panels[name] for name in ("fastv", "divprune", "vscan", "random-before", "resized")] == [
+        "inside", "before", "both", "control", "control",
+    ]  # fmt: skip
+
+
+@given(st.lists(st.floats(0, 100), max_size=15).map(sorted))
+def test_labels_of_a_plot_never_cover_each_other(values):
+    places = _spread(values, 5, 2, 98)
+    assert all(2 <= place <= 98 + 1e-9 for place in places)
+    assert all(after - before >= 5 - 1e-9 for before, after in zip(places, places[1:], strict=False))
 
 
 def test_published_figures_stand_only_where_they_were_published():

@@ -12,6 +12,8 @@ from adaptinfer.checkpoints import Checkpoint
 from adaptinfer.errors import AdaptInferError, InputError
 from adaptinfer.evaluation.controls import ORACLES, RESIZED, VIEWS, Evidence
 from adaptinfer.pruners.base import Positions, Pruner, PrunerError
+from adaptinfer.pruners.before import SelectsBefore
+from adaptinfer.pruners.composed import TwoPart
 from adaptinfer.schedule import Schedule, ScheduleError
 
 VANILLA = "vanilla"
@@ -201,6 +203,13 @@ def _from_file(name: str, seeds: int) -> Condition:
     return Condition(
         f"{method} {label}", f"{method} {label}", None, pruner, seeds=seeds if _has_seed(type(pruner)) else 1
     )
+
+
+def stage_of(method: type[Pruner] | None) -> str:
+    """Where a method prunes: ``inside`` the language model, ``before`` it, or ``both``."""
+    if method is None or not issubclass(method, SelectsBefore):
+        return "inside"
+    return "both" if issubclass(method, TwoPart) else "before"
 
 
 def _has_seed(method: type[Pruner]) -> bool:
