@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -715,7 +716,7 @@ def test_a_plot_brings_out_ours_the_oracles_and_the_best_three():
 def test_labels_of_a_plot_never_cover_each_other(values):
     places = _spread(values, 5, 2, 98)
     assert all(2 <= place <= 98 + 1e-9 for place in places)
-    assert all(after - before >= 5 - 1e-9 for before, after in zip(places, places[1:], strict=False))
+    assert all(after - before >= 5 - 1e-9 for before, after in itertools.pairwise(places))
 
 
 def test_published_figures_stand_only_where_they_were_published():
