@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from adaptinfer.bench.watch import IN_LAYERS, PARTS
+from watch import IN_LAYERS, PARTS
 
 COMMITTED = Path(__file__).parent / "results"
 SPEED = ("bench_llava-1b_float32_cpu.json", "bench_llava-1b_bfloat16_cpu.json")

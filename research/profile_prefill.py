@@ -4,8 +4,8 @@
     python research/profile_prefill.py --dtype bfloat16 --budgets 64 --json research/results/NAME.json
 
 Each round runs, for vanilla and every budget in turn: the prefill as it is, the prefill watched (every moment belongs
-to one part, `adaptinfer.bench.watch`), and the floor (`adaptinfer.bench.floor`): the same layers without a
-pruner on as many tokens as each is given. Vanilla's own floor is a control: it must come to 100 %.
+to one part, `watch.py`), and the floor (`floor.py`): the same layers without a pruner on as many tokens as each is
+given. Vanilla's own floor is a control: it must come to 100 %.
 Run it on a machine that does nothing else.
 """
 
@@ -21,17 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from common import write
+from floor import Floor
 from rich.console import Console
 from rich.table import Table
+from watch import BETWEEN, IN_LAYERS, PARTS, Watch
 
-from adaptinfer.bench.floor import Floor
 from adaptinfer.bench.measure import Bench
 from adaptinfer.bench.prompts import prompt
 from adaptinfer.bench.roofline import layer_tokens
 from adaptinfer.bench.subject import Subject, checked_device
 from adaptinfer.bench.timing import order_of_round, summarise
 from adaptinfer.bench.variants import EarlyDrop, Variant, check_variants, variants
-from adaptinfer.bench.watch import BETWEEN, IN_LAYERS, PARTS, Watch
 from adaptinfer.errors import AdaptInferError
 from adaptinfer.schedule import Schedule
 

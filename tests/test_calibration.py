@@ -28,7 +28,7 @@ from adaptinfer.calibration import run as running
 from adaptinfer.calibration import store
 from adaptinfer.calibration.distributed import processes
 from adaptinfer.calibration.objective import KeptMass
-from adaptinfer.calibration.plots import _budget
+from adaptinfer.calibration.plots import budget_in_words
 from adaptinfer.calibration.record import Reader, Reading, fingerprint
 from adaptinfer.calibration.run import Budget, analyse, record
 from adaptinfer.calibration.samples import DataSetSource, FolderSource, ListSource, Sample, open_source
@@ -654,7 +654,7 @@ def test_no_gain_over_a_published_shape_that_cannot_be(tmp_path, capsys):
 )
 def test_a_budget_is_told_in_tokens_and_as_a_share(budget, told, words):
     said = budget.described(SimpleNamespace(vision_tokens=256))
-    assert said == pytest.approx(told) and _budget(said) == words
+    assert said == pytest.approx(told) and budget_in_words(said) == words
 
 
 def test_budgets_that_make_no_sense(checkpoint, model):

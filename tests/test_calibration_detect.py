@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptinfer.calibration.detect import Histogram, breakpoints, histogram, published_layers, read_off, salient_curves
-from adaptinfer.calibration.shifts import _gains, detect_shifts, distances
+from adaptinfer.calibration.shifts import detect_shifts, distances, split_gains
 from adaptinfer.errors import InputError
 
 DEPTH = 32
@@ -156,7 +156,7 @@ def test_gains_are_the_dispersion_between():
     rng = np.random.default_rng(4)
     points = rng.random((9, 3))
     squared = ((points[:, None] - points) ** 2).sum(axis=2)
-    for at, gain in enumerate(_gains(squared), 1):
+    for at, gain in enumerate(split_gains(squared), 1):
         left, right = points[:at], points[at:]
         between = sum(len(side) * ((side.mean(axis=0) - points.mean(axis=0)) ** 2).sum() for side in (left, right))
         assert gain == pytest.approx(between)

@@ -14,13 +14,11 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adaptinfer import AdaptInfer, Schedule, Stage, attach
-from adaptinfer.bench import shapes, watch
-from adaptinfer.bench.floor import Floor
+from adaptinfer.bench import shapes
 from adaptinfer.bench.measure import Bench
 from adaptinfer.bench.prompts import picture_for, prompt
 from adaptinfer.bench.roofline import layer_tokens
 from adaptinfer.bench.timing import Clock, Mark
-from adaptinfer.bench.watch import IN_LAYERS, OUTSIDE, PARTS, SCORING, STAGES, Watch
 from adaptinfer.engine import attach as engine
 from adaptinfer.errors import InputError
 
@@ -28,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "research"))
 import performance_tables
 import profile_prefill
 import steps
+from floor import Floor
+from watch import ENGINE_STEPS, IN_LAYERS, OUTSIDE, PARTS, SCORING, STAGES, Watch
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "results" / "performance.md").read_text(encoding="utf-8")
@@ -185,7 +185,7 @@ def test_a_failure_leaves_the_watch_usable():
 def test_watching_changes_no_answer_and_leaves_nothing(bench):
     model = bench.model
     own = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    functions = [getattr(owner, name) for owner, name in watch._ENGINE]
+    functions = [getattr(owner, name) for owner, name in ENGINE_STEPS]
     pruner = AdaptInfer(budget=14)
     with attach(model, pruner):
         expected = bench.first_token()[0].logits
@@ -197,7 +197,7 @@ def test_watching_changes_no_answer_and_leaves_nothing(bench):
     assert [*parts] == [*PARTS] and min(parts.values()) > 0
     assert len(handle.report.stages) >= 2
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
-    assert [getattr(owner, name) for owner, name in watch._ENGINE] == functions
+    assert [getattr(owner, name) for owner, name in ENGINE_STEPS] == functions
     assert not any("forward" in vars(module) for module in model.modules())
     with attach(model, pruner):
         assert torch.equal(bench.first_token()[0].logits, expected)
@@ -217,7 +217,7 @@ def test_every_call_is_counted_in_its_part(bench):
     with seen.on(model), attach(model, seen.scoring(AdaptInfer(schedule=schedule))):
         seen.parts(bench.first_token)
     opened, open_now = [], []
-    for part, _ in seen._marks:  # a mark either opens a part or returns to the one around it
+    for part, _ in seen.marks:  # a mark either opens a part or returns to the one around it
         if len(open_now) > 1 and open_now[-2] == part:
             open_now.pop()
         else:
@@ -227,7 +227,7 @@ def test_every_call_is_counted_in_its_part(bench):
     assert counts["q, k, v"] == 36 and counts["rotary embedding"] == counts["attention"] == 12
     assert counts["MLP"] == counts["output projection"] == 12 and counts["norms"] == 24
     assert counts[SCORING] == 2 and counts["vision tower"] == counts["head"] == counts["projector"] == 1
-    # Each layer's entry and attention function; in each of two stages, before and behind o_proj and MLP.
+    # Each layer's entry and attention function; in each of two stages, before and after o_proj and MLP.
     assert counts[STAGES] == 2 * 12 + 2 * 4
 
 

@@ -39,7 +39,7 @@ def draw(calibration: Calibration, path: Path) -> None:
         _tidy(place)
     about = calibration.provenance
     figure.suptitle(
-        f"{Path(about['model']['name']).name}: {about['samples']} samples, {_budget(about['budget'])}, "
+        f"{Path(about['model']['name']).name}: {about['samples']} samples, {budget_in_words(about['budget'])}, "
         f"scores of {about['method']['name']}",
         color=_INK,
         fontsize=12,
@@ -52,7 +52,7 @@ def draw(calibration: Calibration, path: Path) -> None:
         raise InputError(f"plot {str(path)!r}: cannot be written ({error.strerror})") from None
 
 
-def _budget(told: dict[str, Any]) -> str:
+def budget_in_words(told: dict[str, Any]) -> str:
     if "flops_share" in told:
         return f"FLOPs share {told['flops_share']:.3g}"
     return f"true average {told['true_average']:.1f} of {told['vision_tokens']} ({100 * told['share']:.3g} %)"

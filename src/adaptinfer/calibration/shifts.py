@@ -112,7 +112,9 @@ def detect_shifts(
         if best is None:
             break
         start, at, stop, gain = best
-        null = np.array([_gains(_shuffled(matrices[:, start:stop, start:stop], rng)).max() for _ in range(repeats)])
+        null = np.array(
+            [split_gains(_shuffled(matrices[:, start:stop, start:stop], rng)).max() for _ in range(repeats)]
+        )
         p_value = (1 + int((null >= gain).sum())) / (1 + repeats)
         if p_value > alpha:
             break
@@ -141,7 +143,7 @@ def _entropy(shares: np.ndarray) -> np.ndarray:
     return -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(axis=-1)
 
 
-def _gains(matrix: np.ndarray) -> np.ndarray:
+def split_gains(matrix: np.ndarray) -> np.ndarray:
     """Dispersion between the two sides of each split of n layers, [n, n] -> [n - 1]; entry i splits before layer i + 1.
 
     With squared distances d the dispersion of a set is Σ d / (2 size), and that between is all less that within.
@@ -161,7 +163,7 @@ def _best_split(matrix: np.ndarray, taken: Sequence[int]) -> tuple[int, int, int
     best = None
     for start, stop in itertools.pairwise(edges):
         if stop - start > 1:
-            gains = _gains(matrix[start:stop, start:stop])
+            gains = split_gains(matrix[start:stop, start:stop])
             if start:
                 gains[: apart - 1] = -np.inf
             if stop < len(matrix):

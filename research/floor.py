@@ -24,8 +24,6 @@ from adaptinfer.engine.cache.access import cache_argument
 from adaptinfer.engine.families import attention_of
 from adaptinfer.errors import InputError
 
-__all__ = ["Floor"]
-
 _FUNCTION = ("apply_rotary_pos_emb",)  # in transformers' file of the language model
 _IN_LAYER = ("input_layernorm", "post_attention_layernorm", "mlp")
 _IN_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -61,10 +59,10 @@ class Floor:
 
     @torch.inference_mode()
     def prepared(self, tokens: Sequence[tuple[int, int]]) -> Callable[[], Tensor]:
-        """One pass, ready to be timed again and again: hidden states behind the last layer, [B, n, d].
+        """One pass, ready to be timed again and again: hidden states after the last layer, [B, n, d].
 
         Args:
-            tokens: per layer how many tokens enter and how many it hands on, see `roofline.layer_tokens`.
+            tokens: per layer how many tokens enter and how many it hands on, see `adaptinfer.bench.roofline.layer_tokens`.
         """
         inputs = {entered: self._inputs_of_layers(entered) for entered, _ in tokens}
         masks = {pair: _mask(*pair, self._decoder.device) for pair in tokens if pair[0] != pair[1]}

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from adaptinfer.bench.timing import Clock, Mark
     from adaptinfer.pruners.base import Pruner
 
-__all__ = ["IN_LAYERS", "PARTS", "Watch"]
-
 TOWER, PROJECTOR, HEAD = "vision tower", "projector", "head"
 OUTSIDE = "embeddings, merge, layout"
 BETWEEN = "decoder, around its layers"
@@ -42,7 +40,7 @@ _PROJECTIONS = {"q_proj": QKV, "k_proj": QKV, "v_proj": QKV, "o_proj": OUTPUT}
 _ROTARY = "apply_rotary_pos_emb"  # in transformers' file of the language model
 # What the engine adds to a prefill. The attention function is the outermost of them: within it lie scoring and the
 # model's own attention, which are parts of their own.
-_ENGINE: tuple[tuple[Any, str], ...] = (
+ENGINE_STEPS: tuple[tuple[Any, str], ...] = (
     (engine.Handle, "_prefill_inputs"),
     (engine.Handle, "_drop_rows"),
     (engine.Handle, "_restore_rows"),
@@ -60,14 +58,14 @@ class Watch:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._open: list[str] = []
-        self._marks: list[tuple[str | None, Mark]] = []  # from this mark on time belongs to this part
+        self.marks: list[tuple[str | None, Mark]] = []  # from this mark on time belongs to this part
 
     @contextmanager
     def on(self, model: Any) -> Iterator[None]:
-        """Watch a model that no pruner is attached to; attach inside. Nothing is left behind.
+        """Watch a model that no pruner is attached to; attach inside. The model is as before afterwards.
 
         Raises:
-            InputError: its attention backend is none that can be watched.
+            InputError: its attention backend cannot be watched.
         """
         decoder = model.get_decoder()
         backend = model.config.get_text_config()._attn_implementation
@@ -79,7 +77,7 @@ class Watch:
             code = sys.modules[type(attention_of(decoder.layers[0])).__module__]
             if hasattr(code, _ROTARY):
                 stack.enter_context(_replaced(code, _ROTARY, self.timed(getattr(code, _ROTARY), ROTARY)))
-            for owner, name in _ENGINE:
+            for owner, name in ENGINE_STEPS:
                 stack.enter_context(_replaced(owner, name, self.timed(getattr(owner, name), STAGES)))
             own = ALL_ATTENTION_FUNCTIONS[backend]
             ALL_ATTENTION_FUNCTIONS[backend] = self.timed(own, ATTENTION)
@@ -98,11 +96,11 @@ class Watch:
     def parts(self, work: Callable[[], Any], outermost: str = OUTSIDE) -> dict[str, float]:
         """Milliseconds of each part of one piece of work, those of `PARTS` that occurred; they add up to all of it."""
         self._clock.synchronise()
-        self._marks.clear()
+        self.marks.clear()
         self.timed(work, outermost, starts=True)()
         self._clock.synchronise()
         spent: Counter[str] = Counter()
-        for (part, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+        for (part, start), (_, end) in zip(self.marks, self.marks[1:], strict=False):
             if part is not None:
                 spent[part] += self._clock.device_ms(start, end)  # pyright: ignore[reportArgumentType]
         return {part: spent[part] for part in PARTS if part in spent}
@@ -115,12 +113,12 @@ class Watch:
             if (not self._open and not starts) or (self._open and self._open[-1] in _CLOSED):
                 return function(*args, **kwargs)
             self._open.append(part)
-            self._marks.append((part, self._clock.mark()))
+            self.marks.append((part, self._clock.mark()))
             try:
                 return function(*args, **kwargs)
             finally:
                 self._open.pop()
-                self._marks.append((self._open[-1] if self._open else None, self._clock.mark()))
+                self.marks.append((self._open[-1] if self._open else None, self._clock.mark()))
 
         return timed
 
