@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from adaptinfer import METHODS, AdaptInfer, Pruner, Schedule, ScheduleError, Stage, TextGuided, solve
-from adaptinfer.pruners.before import Selector, tokens_of
+from adaptinfer.pruners.before import Selector
+from adaptinfer.schedule import Budget
 
 Setting = dict[str, Any]
 """A value for every axis."""
@@ -95,11 +96,11 @@ def pruner_of(
     Raises:
         ScheduleError: it cannot be met so.
     """
-    average = budget * vision_tokens if budget < 1 else budget
+    average = float(Budget(budget).tokens(vision_tokens))
     options: dict[str, Any] = {axis: setting[axis] for axis in _TEXT_GUIDED}
     entering = vision_tokens
     if setting["before"]:
-        entering = tokens_of(average, vision_tokens, setting["room"]) if average >= 1 else 1
+        entering = Budget(average).whole_tokens(vision_tokens, setting["room"]) if average >= 1 else 1
         if entering == vision_tokens:
             raise ScheduleError(f"budget: {setting['room']} times {average:.4g} is all the vision tokens there are")
     shape = SHAPES[setting["shape"]]

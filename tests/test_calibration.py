@@ -30,7 +30,7 @@ from adaptinfer.calibration.distributed import processes
 from adaptinfer.calibration.objective import KeptMass
 from adaptinfer.calibration.plots import budget_in_words
 from adaptinfer.calibration.record import Reader, Reading, fingerprint
-from adaptinfer.calibration.run import Budget, analyse, record
+from adaptinfer.calibration.run import Target, analyse, record
 from adaptinfer.calibration.samples import DataSetSource, FolderSource, ListSource, Sample, open_source
 from adaptinfer.calibration.store import PART, Recording, check_skipped, record_part
 from adaptinfer.checkpoints import Checkpoint
@@ -632,7 +632,7 @@ def test_no_gain_over_a_published_shape_that_cannot_be(tmp_path, capsys):
     recording = Recording(tmp_path / "r", store.about(Deep(), ABOUT["model"], ABOUT["method"], ABOUT["data"]))
     record(Deep(), Source(), recording, 9, quiet)
     least, whole = (Schedule(each, 12, 256).prefill_flops(Deep.shape, 11) for each in ((Stage(0, 0),), ()))
-    made = analyse(recording, 9, Budget(1.001 * least / whole, flops=True), Deep.shape, stages=1)
+    made = analyse(recording, 9, Target(1.001 * least / whole, flops=True), Deep.shape, stages=1)
     published, chosen = made.candidates[0], made.chosen
     assert published.schedule is None and chosen.schedule is not None
     assert chosen.gain is chosen.gain_low is chosen.gain_high is None
@@ -647,9 +647,9 @@ def test_no_gain_over_a_published_shape_that_cannot_be(tmp_path, capsys):
 @pytest.mark.parametrize(
     "budget, told, words",
     [
-        (Budget(0.22), {"true_average": 56.32, "vision_tokens": 256, "share": 0.22}, "true average 56.3 of 256 (22 %)"),
-        (Budget(64), {"true_average": 64, "vision_tokens": 256, "share": 0.25}, "true average 64.0 of 256 (25 %)"),
-        (Budget(0.5, flops=True), {"flops_share": 0.5}, "FLOPs share 0.5"),
+        (Target(0.22), {"true_average": 56.32, "vision_tokens": 256, "share": 0.22}, "true average 56.3 of 256 (22 %)"),
+        (Target(64), {"true_average": 64, "vision_tokens": 256, "share": 0.25}, "true average 64.0 of 256 (25 %)"),
+        (Target(0.5, flops=True), {"flops_share": 0.5}, "FLOPs share 0.5"),
     ],
 )
 def test_a_budget_is_told_in_tokens_and_as_a_share(budget, told, words):
@@ -660,9 +660,9 @@ def test_a_budget_is_told_in_tokens_and_as_a_share(budget, told, words):
 def test_budgets_that_make_no_sense(checkpoint, model):
     for wrong in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ScheduleError, match="must be a positive number"):
-            Budget(wrong)
+            Target(wrong)
     with pytest.raises(ScheduleError, match="lies between 0 and 1, not at 64"):
-        Budget(64, flops=True)
+        Target(64, flops=True)
     picture = Image.new("RGB", (64, 64))
     for budget, message in ((257, "257 is more than the 256 vision tokens"), (0.01, "no schedule meets 2.5")):
         with pytest.raises(ScheduleError, match=message):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from adaptinfer.schedule import PRESETS, ModelShape, Schedule, ScheduleError, Stage, preset, solve
+from adaptinfer.schedule import PRESETS, Budget, ModelShape, Schedule, ScheduleError, Stage, preset, solve
 
 LLAVA_7B = ModelShape(
     num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=32, head_dim=128, intermediate_size=11008
@@ -399,14 +399,14 @@ BAD_BUDGETS = [
     ({"budget": 0.03}, "budget: a true average of 17.28 .* makes 18 "),
     ({"budget": 9, "num_layers": 1}, "budget: .* the last layer, 0, which makes 576 on 1 "),
     ({"budget": 577}, "budget: 577 is more than the 576"),
-    ({"budget": 0}, "budget: must be above 0"),
-    ({"budget": -1}, "budget: must be above 0"),
-    ({"budget": True}, "budget: must be a finite number, not True"),
-    ({"budget": float("nan")}, "budget: must be a finite number"),
-    ({"budget": float("inf")}, "budget: must be a finite number"),
-    ({"budget": 10**400}, "budget: must be a finite number"),
-    ({"budget": "64"}, "budget: must be a finite number"),
-    ({"budget": None}, "budget: must be a finite number"),
+    ({"budget": 0}, "budget: must be a positive number"),
+    ({"budget": -1}, "budget: must be a positive number"),
+    ({"budget": True}, "budget: must be a positive number .*, not True"),
+    ({"budget": float("nan")}, "budget: must be a positive number"),
+    ({"budget": float("inf")}, "budget: must be a positive number"),
+    ({"budget": 10**400}, "budget: must be a positive number"),
+    ({"budget": "64"}, "budget: must be a positive number"),
+    ({"budget": None}, "budget: must be a positive number"),
     ({"num_layers": 0}, "num_layers: must be at least 1"),
     ({"vision_tokens": 0}, "vision_tokens: must be at least 1"),
     ({"layers": (10, 1, 20)}, r"layers\[1\]: 1 does not come after 10"),
@@ -513,3 +513,44 @@ def test_files_that_cannot_be_read_or_written_are_named(tmp_path: Any) -> None:
         Schedule.load(tmp_path / "photo.json")
     with pytest.raises(ScheduleError, match=r"^path: cannot write .*a\.json"):
         llava(3, 2, 1).save(tmp_path / "missing" / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("given", "amount", "is_share", "tokens", "share"),
+    [
+        (64, 64, False, 64, Fraction(1, 9)),
+        ("64", 64, False, 64, Fraction(1, 9)),
+        ("0.25", 0.25, True, 144, Fraction(1, 4)),
+        (0.7, 0.7, True, Fraction("403.2"), Fraction(7, 10)),
+        ("1e2", 100.0, False, 100, Fraction(100, 576)),
+        (1, 1, False, 1, Fraction(1, 576)),
+        (Budget(0.5), 0.5, True, 288, Fraction(1, 2)),
+    ],
+)
+def test_a_budget_is_a_number_of_tokens_or_below_one_a_share(
+    given: Any, amount: float, is_share: bool, tokens: Fraction | int, share: Fraction
+) -> None:
+    budget = Budget.parse(given)
+    assert (budget, budget.is_share) == (Budget(amount), is_share)
+    assert (budget.tokens(576), budget.share(576)) == (tokens, share)
+    assert str(budget) == str(amount)
+
+
+def test_a_budget_in_whole_tokens_and_inside_a_selection() -> None:
+    assert [Budget(0.5).whole_tokens(n) for n in (1, 3, 4)] == [1, 2, 2]
+    assert Budget(64).whole_tokens(576, 1.25) == 80
+    assert Budget(400).whole_tokens(576, 2) == 576
+    assert Budget(0.7).within(10, 8) == Budget(7)
+    assert Budget(0.05).within(10, 5) == Budget(0.1)
+    assert Budget(577).share(576) > 1
+    for refused in (Budget(577).tokens, Budget(577).whole_tokens, lambda n: Budget(577).within(n, 3)):
+        with pytest.raises(ScheduleError, match="budget: 577 is more than the 576 vision tokens there are"):
+            refused(576)
+    with pytest.raises(ScheduleError, match="less than half a token"):
+        Budget(0.0001).whole_tokens(576)
+
+
+@pytest.mark.parametrize("wrong", ["", "many", "-1", "nan", "inf", 0, -0.5, True, None, [64], float("nan")])
+def test_no_budget(wrong: Any) -> None:
+    with pytest.raises(ScheduleError, match="budget: must be a positive number of tokens, or a share below 1, not"):
+        Budget.parse(wrong)

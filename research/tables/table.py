@@ -18,6 +18,7 @@ from pathlib import Path
 
 from adaptinfer.evaluation.published import published_for
 from adaptinfer.pruners import METHODS
+from adaptinfer.schedule import Budget
 
 LMMS_EVAL = "0.7.3"
 """The version whose prompts and metrics the tables are pinned to."""
@@ -78,9 +79,9 @@ def at_true_budgets(*budgets: float) -> tuple[Row, ...]:
     """`SIDE_BY_SIDE`, budget by budget: true averages in tokens or, below 1, shares of the picture's."""
     return tuple(
         Row(
-            f"{method} true {budget:{'.0%' if budget < 1 else 'g'}}",
+            f"{method} true {budget:{'.0%' if Budget(budget).is_share else 'g'}}",
             f"method={method},budget={budget}",
-            true_average=None if budget < 1 else budget,
+            true_average=None if Budget(budget).is_share else budget,
         )
         for budget in budgets
         for method in SIDE_BY_SIDE

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adaptinfer.errors import InputError, UnsupportedError
-from adaptinfer.pruners.before import shared_out, tokens_of
+from adaptinfer.pruners.before import shared_out
+from adaptinfer.schedule import Budget
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,7 +70,7 @@ class Resize:
         prompts, wanted = [], 0
         for shown in images:
             whole = [_tokens(processor, processor(text=processor.image_token, images=image)) for image in shown]
-            parts = shared_out(tokens_of(self.budget, sum(whole)), whole)
+            parts = shared_out(Budget(self.budget).whole_tokens(sum(whole)), whole)
             if min(parts, default=1) < 1:
                 raise InputError(f"budget: {self.budget} is less than one vision token a picture")
             small = []

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from adaptinfer.errors import InputError
+from adaptinfer.schedule import MODEL_SHAPES
 
 if TYPE_CHECKING:
     import torch
@@ -166,6 +167,11 @@ def _sizes(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: in
     }
 
 
+def _sizes_of(name: str) -> dict[str, int]:
+    shape = MODEL_SHAPES[name]
+    return _sizes(shape.hidden_size, shape.num_layers, shape.num_heads, shape.num_kv_heads, shape.intermediate_size)
+
+
 def _llava_next() -> Any:
     from transformers import CLIPVisionConfig, LlavaNextConfig
 
@@ -228,12 +234,12 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
         "llava-1.5-7b": Shape(
             "LLaVA-1.5-7B: Vicuna-7B, CLIP ViT-L/14 at 336 pixels, 576 vision tokens",
             7_060_000_000,
-            lambda: _llava({**_VICUNA, **_sizes(4096, 32, 32, 32, 11008)}),
+            lambda: _llava({**_VICUNA, **_sizes_of("llava-1.5-7b")}),
         ),
         "llava-1.5-13b": Shape(
             "LLaVA-1.5-13B: Vicuna-13B, the same tower, 576 vision tokens",
             13_350_000_000,
-            lambda: _llava({**_VICUNA, **_sizes(5120, 40, 40, 40, 13824)}),
+            lambda: _llava({**_VICUNA, **_sizes_of("llava-1.5-13b")}),
         ),
         "llava-next-7b": Shape(
             "LLaVA-NeXT (v1.6) on Mistral-7B, 672 x 672 pixels: 5 crops of 576 and 48 row ends, 2928 vision tokens",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptinfer.calibration.record import Reader
-from adaptinfer.calibration.run import Budget, check_reach, content_of, record
+from adaptinfer.calibration.run import Target, check_reach, content_of, record
 from adaptinfer.calibration.samples import Source, open_source
 from adaptinfer.calibration.store import Recording, check_skipped, digest_of, record_part
 from adaptinfer.checkpoints import Checkpoint, DType
@@ -85,7 +85,7 @@ def processes() -> tuple[int, int]:
 
 
 def record_alone(
-    job: Job, progress: Callable[[str], None], budget: Budget | None = None
+    job: Job, progress: Callable[[str], None], budget: Target | None = None
 ) -> tuple[Recording, ModelShape]:
     """Record in this process, or this process's share of the parts; the first process then waits for the others.
 

@@ -21,12 +21,12 @@ from adaptinfer.calibration.samples import ListSource, Source, open_source
 from adaptinfer.calibration.shifts import detect_shifts, distances
 from adaptinfer.calibration.store import PART, Recording, about, check_skipped, digest_of, record_part
 from adaptinfer.errors import InputError, check_whole
-from adaptinfer.schedule import ModelShape, Schedule, ScheduleError
+from adaptinfer.schedule import Budget, ModelShape, Schedule, ScheduleError
 
 if TYPE_CHECKING:
     from adaptinfer.pruners.base import Pruner
 
-__all__ = ["Budget", "analyse", "calibrate", "check_reach", "content_of", "record"]
+__all__ = ["Target", "analyse", "calibrate", "check_reach", "content_of", "record"]
 
 _Way = tuple[str, tuple[int, ...], Schedule | None]  # name, layers that a detector found, schedule
 _SHARES = (0.04, 0.06, 0.08, 0.11, 0.16, 0.22, 0.33, 0.5, 0.75)  # of the vision tokens, in the picture
@@ -35,7 +35,7 @@ _MOST_DETECTED = 3  # the published proportions of keeps are for so many stages
 
 
 @dataclass(frozen=True)
-class Budget:
+class Target:
     """What a schedule may cost.
 
     Attributes:
@@ -50,10 +50,7 @@ class Budget:
     flops: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.amount, bool) or not isinstance(self.amount, (int, float)):
-            raise ScheduleError(f"budget: must be a positive number of tokens, or a share below 1, not {self.amount!r}")
-        if not 0 < self.amount < float("inf"):
-            raise ScheduleError(f"budget: must be a positive number of tokens, or a share below 1, not {self.amount:g}")
+        Budget(self.amount)  # raises
         if self.flops and self.amount > 1:
             raise ScheduleError(f"budget: a share of the FLOPs lies between 0 and 1, not at {self.amount:g}")
 
@@ -61,11 +58,11 @@ class Budget:
         """What was asked for, in JSON: tokens as well as their share, whichever was given."""
         if self.flops:
             return {"flops_share": self.amount}
-        share = self.amount if self.amount < 1 else self.amount / mass.vision_tokens
+        budget = Budget(self.amount)
         return {
-            "true_average": share * mass.vision_tokens if self.amount < 1 else self.amount,
+            "true_average": float(budget.tokens(mass.vision_tokens)),
             "vision_tokens": mass.vision_tokens,
-            "share": share,
+            "share": float(budget.share(mass.vision_tokens)),
         }
 
     def resolve(self, mass: KeptMass, shape: ModelShape) -> tuple[TokenCost | FlopCost, int]:
@@ -77,12 +74,8 @@ class Budget:
         if self.flops:
             cost = FlopCost(shape, mass.text_tokens)
             return cost, int(self.amount * mass.cost(cost, (), ()))
-        average = self.amount * (mass.vision_tokens if self.amount < 1 else 1)
-        if average > mass.vision_tokens:
-            raise ScheduleError(
-                f"budget: {self.amount:g} is more than the {mass.vision_tokens} vision tokens there are"
-            )
-        return TokenCost(), int(average * mass.num_layers + 1e-9)
+        average = Budget(self.amount).tokens(mass.vision_tokens)
+        return TokenCost(), int(float(average) * mass.num_layers + 1e-9)
 
 
 def calibrate(
@@ -120,7 +113,7 @@ def calibrate(
         ScheduleError: a budget that no schedule meets, or less than one stage.
         UnsupportedError: pruning does not fit the model, or the method has no score to record.
     """
-    wanted = Budget(budget, flops)
+    wanted = Target(budget, flops)
     check_stages(stages)
     check_whole("seed", seed, 0)
     if count is not None:
@@ -156,7 +149,7 @@ def content_of(reader: Reader, name: str, source: Source) -> dict[str, Any]:
     return about(reader, model, describe_method(reader.method), source.identity)
 
 
-def check_reach(reader: Reader, source: Source, count: int, budget: Budget) -> None:
+def check_reach(reader: Reader, source: Source, count: int, budget: Target) -> None:
     """Refuse a budget that is out of reach for each of the first samples, by the lengths of their prompts alone.
 
     Raises:
@@ -236,7 +229,7 @@ def _mended(reader: Reader, source: Source, recording: Recording, part: range) -
 def analyse(
     recording: Recording,
     count: int,
-    budget: Budget,
+    budget: Target,
     shape: ModelShape,
     *,
     stages: int | None = None,

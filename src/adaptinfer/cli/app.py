@@ -27,7 +27,7 @@ from adaptinfer.cli.eval import register as register_eval
 from adaptinfer.cli.options import Device, DType
 from adaptinfer.cli.serve import register as register_serve
 from adaptinfer.errors import AdaptInferError, InputError
-from adaptinfer.schedule import PRESETS, ModelShape, Schedule, ScheduleError, preset
+from adaptinfer.schedule import MODEL_SHAPES, PRESETS, Schedule, ScheduleError, preset
 
 if TYPE_CHECKING:
     from adaptinfer.ask import Answer
@@ -530,10 +530,6 @@ def _models() -> None:
     console.print("Others are probed when a pruner is attached: they work, or are refused with the reason.")
 
 
-_SHAPES = {
-    "llava-1.5-7b": ModelShape(32, 4096, 32, 32, 128, 11008),
-    "llava-1.5-13b": ModelShape(40, 5120, 40, 40, 128, 13824),
-}
 _TEXT_TOKENS = 92  # 35 before the image and 57 after it
 
 
@@ -561,7 +557,7 @@ def _presets() -> None:
         keeps = [f"{stage.keep:.0%}" if isinstance(stage.keep, float) else str(stage.keep) for stage in schedule.stages]
         layers = [str(stage.layer) for stage in schedule.stages]
         saved = ["", ""]
-        shape = _SHAPES.get(name.partition("/")[0])
+        shape = MODEL_SHAPES.get(name.partition("/")[0])
         if shape is not None:
             vanilla = Schedule((), shape.num_layers, schedule.vision_tokens).prefill_flops(shape, _TEXT_TOKENS)
             saved = [

@@ -74,10 +74,10 @@ def _calibrate(
         progress("starting")
         _quieten()
         from adaptinfer.calibration.distributed import Job, processes, record_alone, record_with_ray
-        from adaptinfer.calibration.run import Budget, analyse
+        from adaptinfer.calibration.run import Target, analyse
         from adaptinfer.pruners import AdaptInfer
 
-        wanted = Budget(flops, True) if flops is not None else Budget(0.33 if budget is None else budget)
+        wanted = Target(flops, True) if flops is not None else Target(0.33 if budget is None else budget)
         number, many = processes()
         if many > 1 and ray is not None:
             raise InputError("--ray: start it once, not under accelerate launch or torchrun")

@@ -17,6 +17,7 @@ from adaptinfer.evaluation.journal import Record
 from adaptinfer.evaluation.metrics import RIGHT, normalise, yes_or_no
 from adaptinfer.evaluation.plan import EvaluationPlan
 from adaptinfer.evaluation.statistics import Resamples, verdict, yes_no
+from adaptinfer.schedule import Budget
 
 FORMAT, VERSION = "adaptinfer.evaluation", 1
 
@@ -102,7 +103,7 @@ def _with_budget(condition: Condition, ran: list[Condition], costs: dict[str, di
     if condition.budget is not None or condition.pruner is None:
         return condition
     whole, own = costs[VANILLA]["true_average"], costs[condition.name]["true_average"]
-    asked = {each.budget: each.budget * (whole if each.budget < 1 else 1) for each in ran if each.budget is not None}
+    asked = {each.budget: Budget(each.budget).share(whole) * whole for each in ran if each.budget is not None}
     near = {budget: abs(own - tokens) for budget, tokens in asked.items() if abs(own - tokens) <= _SAME_BUDGET * tokens}
     return dataclasses.replace(condition, budget=min(near, key=near.__getitem__)) if near else condition
 

@@ -6,11 +6,11 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adaptinfer.pruners.base import Pruner
-from adaptinfer.pruners.before import budget_within, check_setting, tokens_of
+from adaptinfer.pruners.before import check_setting
 from adaptinfer.pruners.cdpruner import CDPruner
 from adaptinfer.pruners.composed import TwoPart
 from adaptinfer.pruners.textguided import TextGuided
-from adaptinfer.schedule import BEFORE, Schedule, Stage, solve
+from adaptinfer.schedule import BEFORE, Budget, Schedule, Stage, solve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,10 +56,11 @@ class AdaptInferPlus(TwoPart):
         # All that enters passes through the layers up to the first stage: no more than 3/4 of the budget is for them.
         earliest = 0 if scoring is None else min(scoring, default=num_layers)
         entering = min(self.entering, 0.75 * num_layers / (earliest + 1))
-        first = tokens_of(self.budget, vision_tokens, max(1.0, entering))
-        within = budget_within(self.budget, vision_tokens, first)
+        wanted = Budget(self.budget)
+        first = wanted.whole_tokens(vision_tokens, max(1.0, entering))
+        within = wanted.within(vision_tokens, first)
         before = (Stage(BEFORE, first),) if first < vision_tokens else ()
-        if within >= first:  # all of the budget is spent before layer 0
+        if within.amount >= first:  # all of the budget is spent before layer 0
             return Schedule(before, num_layers, vision_tokens)
         inside = solve(within, num_layers, first, possible=scoring, like=_STAGES)
         return Schedule((*before, *inside.stages), num_layers, vision_tokens)

@@ -11,7 +11,7 @@ import torch
 
 from adaptinfer.errors import AdaptInferError
 from adaptinfer.functional import per_sample, top_k_mask
-from adaptinfer.schedule import Schedule, Stage, solve
+from adaptinfer.schedule import Budget, Schedule, ScheduleError, Stage, solve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +29,6 @@ Positions = Literal["keep", "compact"]
 Need = Literal["embeddings", "output", "next", "rotary", "norm"]
 
 
-_MOST = 2**31  # tokens; infinity is above
 _USUAL_TOKENS = 576  # LLaVA-1.5's, which published shares are about
 
 
@@ -91,10 +90,11 @@ class Pruner:
             raise PrunerError(f"schedule: must be a Schedule, not {type(self.schedule).__name__}")
         if self.positions not in get_args(Positions):
             raise PrunerError(f"positions: must be one of {get_args(Positions)}, not {self.positions!r}")
-        budget = self.budget
-        known = isinstance(budget, (int, float)) and not isinstance(budget, bool)
-        if budget is not None and not (known and 0 < budget <= _MOST):
-            raise PrunerError(f"budget: must be a positive number of tokens (or a share below 1), not {budget!r}")
+        if self.budget is not None:
+            try:
+                Budget(self.budget)
+            except ScheduleError as error:
+                raise PrunerError(str(error)) from None
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -160,7 +160,7 @@ class Pruner:
     def _nearest(self, vision_tokens: int) -> Schedule | None:
         """The published schedule whose true average is nearest to the budget; None if there is none."""
         assert self.budget is not None
-        share = self.budget if self.budget < 1 else self.budget / vision_tokens
+        share = Budget(self.budget).share(vision_tokens)
 
         def distance(schedule: Schedule) -> float:
             tokens = schedule.vision_tokens or _USUAL_TOKENS

@@ -15,7 +15,7 @@ import torch
 
 from adaptinfer.functional import gather_tokens
 from adaptinfer.pruners.base import Pruner, PrunerError, Selection, published_schedules
-from adaptinfer.schedule import BEFORE, Schedule, ScheduleError, Stage
+from adaptinfer.schedule import BEFORE, Budget, Schedule, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +29,6 @@ __all__ = [
     "Read",
     "Selector",
     "SelectsBefore",
-    "budget_within",
     "check_setting",
     "nearest",
     "of_order",
@@ -37,7 +36,6 @@ __all__ = [
     "rank_within",
     "shared_out",
     "split",
-    "tokens_of",
     "top",
     "unit",
     "with_merged",
@@ -103,33 +101,13 @@ class Selector(SelectsBefore, Pruner):
         if self.schedule is not None:
             return super().plan(num_layers, vision_tokens, scoring)
         assert self.budget is not None
-        keep = tokens_of(self.budget, vision_tokens)
+        keep = Budget(self.budget).whole_tokens(vision_tokens)
         return Schedule((Stage(BEFORE, keep),) if keep < vision_tokens else (), num_layers, vision_tokens)
 
     def __rshift__(self, inside: Pruner) -> Composed:
         from adaptinfer.pruners.composed import Composed
 
         return Composed(before=self, inside=inside)
-
-
-def tokens_of(budget: float, vision_tokens: int, factor: float = 1.0) -> int:
-    """Whole tokens of a budget (below 1 a share of all), times a factor: halves rounded up, at least one, at most all.
-
-    Raises:
-        ScheduleError: the budget itself is more than there are, or less than half a token.
-    """
-    exact = Fraction(repr(float(budget))) * (vision_tokens if budget < 1 else 1)
-    if exact > vision_tokens:
-        raise ScheduleError(f"budget: {budget} is more than the {vision_tokens} vision tokens there are")
-    if exact < Fraction(1, 2):
-        raise ScheduleError(f"budget: {budget} of {vision_tokens} vision tokens is less than half a token; take more")
-    return min(vision_tokens, max(1, int(exact * Fraction(repr(float(factor))) + Fraction(1, 2))))
-
-
-def budget_within(budget: float, vision_tokens: int, entering: int) -> float:
-    """A budget of the whole prompt as one of the ``entering`` tokens that a selection leaves (below 1 a share)."""
-    exact = Fraction(repr(float(budget))) * (vision_tokens if budget < 1 else 1)
-    return float(exact if exact >= 1 else exact / entering)
 
 
 def check_setting(name: str, value: Any, least: float, most: float, whole: bool = False) -> None:

@@ -7,8 +7,8 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adaptinfer.pruners.base import Need, Pruner, PrunerError, Selection
-from adaptinfer.pruners.before import Read, Selector, SelectsBefore, budget_within
-from adaptinfer.schedule import Schedule, ScheduleError, Stage
+from adaptinfer.pruners.before import Read, Selector, SelectsBefore
+from adaptinfer.schedule import Budget, Schedule, ScheduleError, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -104,7 +104,7 @@ class Composed(TwoPart):
         if not entering:
             return ()
         if budget is not None:
-            within = budget_within(budget, vision_tokens, entering)
+            within = Budget(budget).within(vision_tokens, entering).amount
             if within > entering:
                 raise ScheduleError(
                     f"budget: a true average of {within:.4g} vision tokens cannot be met, for {self.before.name} lets "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from adaptinfer.errors import UnsupportedError
 from adaptinfer.pruners.base import Selection
 from adaptinfer.pruners.before import Read, Selector, of_score, unit
+from adaptinfer.schedule import Budget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +44,7 @@ class ToMe(Selector):
 
     def select_before(self, view: FeatureView) -> Selection:
         pictures = view.need_pictures(self.name)
-        if len(pictures) > 1 and (self.budget is None or self.budget >= 1):
+        if len(pictures) > 1 and (self.budget is None or not Budget(self.budget).is_share):
             raise UnsupportedError(
                 "tome merges each picture by itself; with several of them give a share as the budget"
             )

@@ -13,17 +13,15 @@ from adaptinfer.pruners.base import Pruner, Selection, published_schedules
 from adaptinfer.pruners.before import (
     Read,
     Selector,
-    budget_within,
     check_setting,
     nearest,
     rank_within,
-    tokens_of,
     top,
     with_merged,
 )
 from adaptinfer.pruners.composed import TwoPart
 from adaptinfer.pruners.pyramiddrop import PyramidDrop
-from adaptinfer.schedule import BEFORE, Schedule, Stage, solve
+from adaptinfer.schedule import BEFORE, Budget, Schedule, Stage, solve
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -157,11 +155,14 @@ def staged(
         entering: in budgets.
         shape: wanted layer -> proportion of its keep.
     """
-    first = tokens_of(budget, vision_tokens, entering)
-    within = budget_within(budget, vision_tokens, first)
+    wanted = Budget(budget)
+    first = wanted.whole_tokens(vision_tokens, entering)
+    within = wanted.within(vision_tokens, first)
     before = (Stage(BEFORE, first),) if first < vision_tokens else ()
-    if within >= first:
-        return Schedule((Stage(BEFORE, tokens_of(budget, vision_tokens)),) if before else (), num_layers, vision_tokens)
+    if within.amount >= first:
+        return Schedule(
+            (Stage(BEFORE, wanted.whole_tokens(vision_tokens)),) if before else (), num_layers, vision_tokens
+        )
     possible = [layer for layer in range(num_layers - 1) if scoring is None or layer in scoring]
     layers = sorted({min(possible, key=lambda each: (abs(each - layer), each)) for layer in shape}) if possible else []
     inside = solve(within, num_layers, first, layers, [*shape.values()][: len(layers)])

@@ -10,7 +10,7 @@ from typing import Any
 
 from adaptinfer.pruners import Pruner, PrunerError
 from adaptinfer.pruners.config import CONFIG_NAME, from_document, from_pretrained, to_document
-from adaptinfer.schedule import Schedule, ScheduleError, preset
+from adaptinfer.schedule import Budget, Schedule, ScheduleError, preset
 
 __all__ = ["check_share", "named", "pruner_from", "to_json"]
 
@@ -51,7 +51,7 @@ def check_share(pruner: Pruner, num_layers: int) -> None:
     Raises:
         ScheduleError: the budget is a share that layers up to the first stage exceed by themselves.
     """
-    if pruner.budget is None or pruner.budget >= 1:
+    if pruner.budget is None or not Budget(pruner.budget).is_share:
         return
     try:
         pruner.plan(num_layers, _MANY)
