@@ -1,8 +1,8 @@
-"""Redraw the plots of an evaluation from its committed figures; nothing is run or computed anew.
+"""Redraw the plots and the report of an evaluation from its committed figures; nothing is run or computed anew.
 
     python research/redraw.py research/results/evaluation
 
-writes a PNG per task beside the folder's ``summary.json``.
+writes ``report.md`` and a PNG per task beside the folder's ``summary.json``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
-from adaptinfer.evaluation.plots import draw
+from adaptinfer.evaluation.plots import draw, file_of
+from adaptinfer.evaluation.report import to_markdown
 
 
 def main() -> None:
@@ -20,11 +21,11 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="with a summary.json")
     for folder in parser.parse_args().folders:
         document = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        for task in document["tasks"]:
-            if task["conditions"]:
-                target = folder / f"{task['name'].replace(':', '-')}.png"
-                target.write_bytes(draw(task, document["latency"]))
-                print(target)
+        tasks = [task for task in document["tasks"] if task["conditions"]]
+        pictures = {task["name"]: draw(task, document["latency"]) for task in tasks}
+        for name, data in pictures.items():
+            (folder / file_of(name)).write_bytes(data)
+        (folder / "report.md").write_text(to_markdown(document, pictures), encoding="utf-8")
 
 
 if __name__ == "__main__":

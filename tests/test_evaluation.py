@@ -28,7 +28,7 @@ from adaptinfer.evaluation.journal import Journal
 from adaptinfer.evaluation.metrics import METRICS, normalise, yes_or_no
 from adaptinfer.evaluation.plots import _lines, _spread, draw
 from adaptinfer.evaluation.published import published_for
-from adaptinfer.evaluation.report import Picture, blocks, to_html, to_markdown
+from adaptinfer.evaluation.report import to_html, to_markdown
 from adaptinfer.evaluation.statistics import Resamples, verdict, yes_no
 from adaptinfer.evaluation.summary import finite, summarise
 from adaptinfer.evaluation.tasks import load_task
@@ -594,8 +594,7 @@ def test_the_report_is_one_file_and_shows_everything():
     json.dumps(document, allow_nan=False)
     png = draw(tasks[0], latency)
     assert png.startswith(b"\x89PNG")
-    found = blocks(document, {"t": Picture("t.png", png, "plot")})
-    markdown, page = to_markdown(found), to_html(found)
+    markdown, page = to_markdown(document, {"t": png}), to_html(document, {"t": png})
     for line in (
         "| vanilla |",
         "87.5",
@@ -651,14 +650,14 @@ def test_the_report_tells_many_methods_at_a_glance():
         "tasks": [task | {"conditions": [vanilla, *rows], "pairs": [], "refused": refused}],
         "latency": None,
     }
-    markdown = to_markdown(blocks(document, {}))
+    markdown = to_markdown(document, {})
     assert (
         "|  | 0.3 | 0.1 |\n| --- | ---: | ---: |\n| b | 80.0 | 60.0 |\n| a | 70.0 | 50.0 |\n| c | 90.0 | – |"
         in markdown
     )
     assert "c 0.1, e 0.1: too little." in markdown and "d 0.1: no tower." in markdown
     document["tasks"][0]["conditions"] = [vanilla, *rows[:3]]
-    assert "at each budget" not in to_markdown(blocks(document, {})), "one budget is the main table"
+    assert "at each budget" not in to_markdown(document, {}), "one budget is the main table"
 
 
 def test_the_report_says_where_ours_loses_and_in_what():
@@ -688,11 +687,11 @@ def test_the_report_says_where_ours_loses_and_in_what():
         "tasks": [task | {"conditions": [vanilla, *rows], "pairs": pairs, "kinds": counts, "groups": 6}],
         "latency": None,
     }
-    markdown = to_markdown(blocks(document, {}))
+    markdown = to_markdown(document, {})
     first, second = markdown.split("### fastv against the others")[1].split("### adaptinfer against the others")
     assert "It loses to none" in first and "dart against" not in markdown
     document["tasks"][0]["groups"] = 5
-    assert "5 groups of pictures are too few to tell" in to_markdown(blocks(document, {}))
+    assert "5 groups of pictures are too few to tell" in to_markdown(document, {})
     assert "| fastv 0.1 | adaptinfer 0.1 | +4.0 (+1.0 to +6.0) | better |  |" in first
     assert "It loses: adaptinfer 0.1 to fastv." in second
     assert "| adaptinfer 0.1 | fastv 0.1 | -4.0 (-6.0 to -1.0) | worse | exists (-10.0), odd (-50.0) |" in second

@@ -239,8 +239,8 @@ def _finish(
     """Latency, summary, plots and report from the answers on disk."""
     from adaptinfer.bench.environment import environment
     from adaptinfer.evaluation.latency import measure
-    from adaptinfer.evaluation.plots import draw
-    from adaptinfer.evaluation.report import Picture, blocks, to_html, to_markdown
+    from adaptinfer.evaluation.plots import draw, file_of
+    from adaptinfer.evaluation.report import to_html, to_markdown
     from adaptinfer.evaluation.runner import Worker
     from adaptinfer.evaluation.summary import FORMAT, VERSION, finite, summarise
 
@@ -271,13 +271,11 @@ def _finish(
     for task in document["tasks"]:
         if task["conditions"]:
             progress.say(f"plot of {task['name']}")
-            name = f"{task['name'].replace(':', '-')}.png"
-            pictures[task["name"]] = Picture(name, draw(task, latency), f"{task['name']}: accuracy against cost")
-    found = blocks(document, pictures)
-    files = {picture.path: picture.data for picture in pictures.values()} | {
+            pictures[task["name"]] = draw(task, latency)
+    files = {file_of(name): data for name, data in pictures.items()} | {
         "summary.json": (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode(),
-        "report.md": to_markdown(found).encode(),
-        "report.html": to_html(found).encode(),
+        "report.md": to_markdown(document, pictures).encode(),
+        "report.html": to_html(document, pictures).encode(),
     }
     for name, data in files.items():
         try:

@@ -92,6 +92,11 @@ def draw(task: dict[str, Any], latency: dict[str, Any] | None) -> bytes:
     return target.getvalue()
 
 
+def file_of(task_name: str) -> str:
+    """The file that a task's plot goes into, beside the summary."""
+    return f"{task_name.replace(':', '-')}.png"
+
+
 def _lines(task: dict[str, Any]) -> list[_Line]:
     """Rows with a budget or a schedule by series; blank, shuffled and wrong pictures have no cost."""
     found: dict[str, list[Entry]] = {}
@@ -166,7 +171,7 @@ def _panel(axes: Axes, lines: Sequence[_Line], cost: Cost, whole: dict[str, floa
     if logarithmic:
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
-        ticks = [cost(row) for row in lines[0].rows]
+        ticks = [tick for row in lines[0].rows if (tick := cost(row)) is not None]
         axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
     axes.invert_xaxis()
     _labels(axes, [(100 * whole["value"], None, None), *ends])

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import binomtest
 
 from adaptinfer.evaluation.metrics import yes_or_no
 
 LEVEL = 0.95
 RESAMPLES = 2000
 _CHUNK = 2**22  # weights held at once
-_Z = 1.959964  # of LEVEL
 LEAST_GROUPS = 6  # 2 x 0.5 ** 6 is the first below 0.05
 _SAME = 1e-9  # sums over seeds are no further apart than this if they are equal
 
@@ -38,6 +38,9 @@ class Difference(Interval):
 class Resamples:
     """Means of columns, and what they are in resamples of the groups. All columns share the resamples: that pairs them.
 
+    Not `scipy.stats.bootstrap`: it refuses a single group, has no interval for a column that some resamples lack, and
+    would gather all columns for each resample where a matrix product does.
+
     Args:
         sums: float [G, C], per group and column the sum of its scores.
         counts: float [G, C], of how many answers. A column's mean is its sum over all groups by its count.
@@ -61,8 +64,8 @@ class Resamples:
         """Of one column. Where all groups agree on 0 or 1, which no resample can doubt, by Wilson over the groups."""
         value, groups = float(self.values[column]), int((self._counts[:, column] > 0).sum())
         if value in (0.0, 1.0):
-            doubt = _Z**2 / (groups + _Z**2)
-            return Interval(value, *((0.0, doubt) if value == 0 else (1 - doubt, 1.0)))
+            found = binomtest(round(value * groups), groups).proportion_ci(LEVEL, method="wilson")
+            return Interval(value, float(found.low), float(found.high))
         return Interval(value, *_bounds(self.means[:, column]))
 
     def difference(self, column: int, other: int) -> Difference:
@@ -81,8 +84,8 @@ class Resamples:
 def verdict(difference: Difference) -> str:
     """``better`` or ``worse`` if the interval of the paired difference excludes 0 and enough groups differ.
 
-    Else ``open``: with all differing groups on one side, a bootstrap excludes 0 from four on, a two-sided sign test
-    from six.
+    Otherwise ``open``: with all differing groups on one side, a bootstrap excludes 0 from four on, a two-sided sign
+    test from six.
     """
     if difference.groups < LEAST_GROUPS:
         return "open"
