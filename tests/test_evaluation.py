@@ -385,7 +385,7 @@ def test_cells_are_tokens_of_the_prompt():
     assert evidence_tokens([(0, 1, 2)], (8, 8), 1, 256) == [36, 37, 52, 53]
     with pytest.raises(InputError, match="does not say where"):
         evidence_tokens([], None, 1, 64)
-    with pytest.raises(InputError, match="has 576 vision tokens, and evidence is told for 10 x 8"):
+    with pytest.raises(InputError, match="has 576 vision tokens, and the evidence is on a grid of 10 x 8"):
         evidence_tokens([], (10, 8), 1, 576)
 
 
@@ -633,7 +633,7 @@ def test_a_row_without_a_budget_is_compared_at_the_one_that_it_meets():
 
 
 def test_the_report_tells_many_methods_at_a_glance():
-    """A line a method, its budgets beside each other, the best mean first; those that miss a budget behind them."""
+    """A line a method, its budgets beside each other, the best mean first; those that miss a budget come last."""
     (task,) = finite(summarise(*_records()))
     vanilla, ours, *_ = task["conditions"]
 

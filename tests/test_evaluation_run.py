@@ -263,7 +263,7 @@ def test_a_corrupt_sample_is_named_left_out_and_counted(tmp_path):
         (("--preset", "llava-1.5-7b/63"), "llava-1.5-7b/63"),
         (("--positions", "middle"), "positions: must be one of"),
         (("--model", "/no/such/folder"), "no such folder"),
-        (("--task", "FILE:exact", "--skip", "2"), "has no samples behind the first 2"),
+        (("--task", "FILE:exact", "--skip", "2"), "has no samples after the first 2"),
     ],
 )
 def test_what_cannot_run_is_one_line_before_any_work(tmp_path, arguments, sentence):
@@ -297,7 +297,7 @@ def test_what_is_left_out_needs_a_number_of_what_is_not(tmp_path):
         (("all", "evidence-before"), ["evidence-before"]),
     ],
 )
-def test_all_methods_stand_behind_those_that_are_named(tmp_path, monkeypatch, named, first):
+def test_all_methods_come_after_those_that_are_named(tmp_path, monkeypatch, named, first):
     def caught(chosen, *rest, **options):
         raise InputError(" ".join(chosen))
 
@@ -335,7 +335,7 @@ def test_too_little_memory_ends_the_run_with_what_to_do(worker, monkeypatch):
 
     monkeypatch.setattr(worker._answerer, "answer", answer)
     plan = _plan("world")
-    with pytest.raises(InputError, match="--batch 3: the memory of cpu does not suffice"):
+    with pytest.raises(InputError, match="--batch 3: cpu has too little memory"):
         list(_with_plan(worker, plan).blocks(units(plan, set())[0]))
 
 
@@ -558,7 +558,7 @@ def test_lmms_eval_arguments_that_make_no_sense(lmms):
         ({"positions": "keep", "seed": 0}, "positions and seed needs a method"),
         ({"method": "fast", "budget": 3}, "there is no method 'fast'"),
         ({"method": "adaptinfer", "budget": 3, "preset": "llava-1.5-7b/64"}, "pruner, not method and preset"),
-        ({"preset": "llava-1.5-7b/64", "budget": 64}, "preset brings settings of its own, so leave out budget,"),
+        ({"preset": "llava-1.5-7b/64", "budget": 64}, "preset brings its own settings, so leave out budget,"),
         ({"preset": "llava-1.5-7b/64", "positions": "keep"}, "preset brings .* leave out positions,"),
         ({"pruner": "folder", "budget": 64, "seed": 0}, "pruner brings .* leave out budget and seed,"),
         ({"pruner": "folder", "method": "fastv"}, "not method and pruner"),

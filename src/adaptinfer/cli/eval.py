@@ -41,8 +41,8 @@ def _eval(
         typer.Option(
             "--task",
             metavar="NAME",
-            help="world, world-hard, world-turns, world-pair (':validation' behind it: other scenes), or FILE.jsonl "
-            "with pictures beside it (':exact', ':yes_no', ':vqa' or ':anls' behind it: its metric). Several times. "
+            help="world, world-hard, world-turns, world-pair (add ':validation' for other scenes), or FILE.jsonl "
+            "with pictures beside it (add ':exact', ':yes_no', ':vqa' or ':anls' for its metric). Several times. "
             "Taken when nothing is said: world.",
             show_default=False,
         ),
@@ -168,7 +168,7 @@ def _eval(
         raise InputError("--ray: not together with accelerate launch; take one of them")
     where = ranks.device(device)
     if skip and samples is None:
-        raise InputError("--skip: say with --samples how many to take behind those that are left out")
+        raise InputError("--skip: say with --samples how many to take after those that are left out")
     plan = EvaluationPlan(
         model, tuple(tasks or ["world"]), tuple(found), samples, batch, where, dtype, trust_remote_code, skip
     )
@@ -200,7 +200,7 @@ def _check_budgets(plan: EvaluationPlan, first_refusals: Any, quiet: bool) -> No
     name, task = next(iter(plan.loaded_tasks.items()))
     samples = plan.loaded_samples[name]
     if not samples:
-        raise InputError(f"task {name!r}: has no samples" + (f" behind the first {plan.skip}" if plan.skip else ""))
+        raise InputError(f"task {name!r}: has no samples" + (f" after the first {plan.skip}" if plan.skip else ""))
     for sample in samples:
         try:
             pictures = task.pictures(sample)

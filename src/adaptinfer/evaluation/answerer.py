@@ -1,4 +1,4 @@
-"""A model that answers batches of conversations, pruned or not, and says what each prompt cost."""
+"""A model that answers batches of conversations, pruned or not, and counts what each prompt cost."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one sample's prefill costs by itself, worked out from its counts (no padding of a batch).
+    """What one sample's prefill costs without the padding of a batch, computed from its counts.
 
     Attributes:
         vision_tokens: in the prompt.
@@ -167,7 +167,7 @@ class Answerer:
         the chat template writes the end mark anew.
         """
         tokenizer, said = self.processor.tokenizer, sequences[:, prompt:]
-        ends = torch.tensor([*_listed(self.model.generation_config.eos_token_id)], device=said.device)
+        ends = torch.tensor(self.model.generation_config.eos_token_id or [], device=said.device).reshape(-1)
         kept = ~torch.isin(said, ends).cumsum(dim=1).bool()
         tails = tokenizer(
             [self._later_text(question) for question in questions],
@@ -217,7 +217,3 @@ class Answerer:
 
 def _user(question: str, pictures: int) -> dict[str, Any]:
     return {"role": "user", "content": [*[{"type": "image"}] * pictures, {"type": "text", "text": question}]}
-
-
-def _listed(token: int | list[int] | None) -> list[int]:
-    return token if isinstance(token, list) else [] if token is None else [token]

@@ -109,7 +109,7 @@ def conditions(
         if way not in get_args(Positions):
             raise InputError(f"positions: must be one of {', '.join(get_args(Positions))}, not {way!r}")
     for budget in budgets:
-        Random(budget=budget)  # raises for what is a budget for nobody
+        Random(budget=budget)  # raises for what no method could take
     if controls and "random" not in methods:
         methods = [*methods, "random"]
     found = [Condition(VANILLA, VANILLA)]
@@ -126,7 +126,7 @@ def conditions(
     for path in saved:
         pruner = from_pretrained(path)
         name = (path.parent if path.is_file() else path).resolve().name
-        found.append(Condition(name, name, pruner.budget, pruner, seeds=seeds if _has_seed(type(pruner)) else 1))
+        found.append(_row(name, name, pruner.budget, pruner, seeds))
     if controls:
         if Evidence.name not in methods:
             found += [_condition(Evidence, budget, {}, None, seeds) for budget in budgets]
@@ -164,17 +164,22 @@ def first_refusals(found: Sequence[Condition], checkpoint: Checkpoint, vision_to
 def _condition(
     method: type[Pruner], budget: float, settings: dict[str, Any], label: str | None, seeds: int
 ) -> Condition:
-    series = method.name if label is None else f"{method.name} {label}"
-    name = f"{method.name} {budget:g}" if label is None else f"{method.name} {budget:g} {label}"
+    suffix = "" if label is None else f" {label}"
+    series, name = f"{method.name}{suffix}", f"{method.name} {budget:g}{suffix}"
     try:
         pruner = method(budget=budget, **settings)
     except AdaptInferError as error:  # this method has no such setting, or not that budget
         return Condition(name, series, budget, refusal=str(error))
-    return Condition(name, series, budget, pruner, seeds=seeds if _has_seed(method) else 1)
+    return _row(name, series, budget, pruner, seeds)
+
+
+def _row(name: str, series: str, budget: float | None, pruner: Pruner, seeds: int) -> Condition:
+    """With several seeds only where chance is involved."""
+    return Condition(name, series, budget, pruner, seeds=seeds if _has_seed(type(pruner)) else 1)
 
 
 def published(name: str) -> Pruner:
-    """``[method:]model/label`` as its paper ran it; the method is AdaptInfer if none is named.
+    """``[method:]model/label`` as its paper ran it; the default method is AdaptInfer.
 
     Raises:
         InputError: there is no such method.
@@ -191,7 +196,7 @@ def published(name: str) -> Pruner:
 
 
 def _from_file(name: str, seeds: int) -> Condition:
-    """``[method:]file``; the method is AdaptInfer if none is named."""
+    """``[method:]file``; the default method is AdaptInfer."""
     from adaptinfer.pruners import METHODS
 
     method, _, file = name.partition(":")
@@ -200,9 +205,7 @@ def _from_file(name: str, seeds: int) -> Condition:
     path = Path(file)
     pruner = METHODS[method](schedule=Schedule.load(path))
     label = path.resolve().parent.name if path.stem == "schedule" else path.stem
-    return Condition(
-        f"{method} {label}", f"{method} {label}", None, pruner, seeds=seeds if _has_seed(type(pruner)) else 1
-    )
+    return _row(f"{method} {label}", f"{method} {label}", None, pruner, seeds)
 
 
 def stage_of(method: type[Pruner] | None) -> str:

@@ -94,7 +94,7 @@ def evidence_tokens(
 
     Args:
         cells: of the evidence.
-        grid: rows and columns that they are told in.
+        grid: rows and columns that they count.
         pictures: in the prompt, each with the same number of vision tokens, laid out in rows.
         vision_tokens: in the prompt.
 
@@ -108,7 +108,8 @@ def evidence_tokens(
     scale = math.isqrt(each // (rows * columns))
     if rest or each != rows * columns * scale * scale:
         raise InputError(
-            f"evidence: a picture of this model has {each} vision tokens, and evidence is told for {rows} x {columns}"
+            f"evidence: a picture of this model has {each} vision tokens, "
+            f"and the evidence is on a grid of {rows} x {columns}"
         )
     return [
         picture * each + (row * scale + down) * columns * scale + column * scale + right
@@ -118,7 +119,7 @@ def evidence_tokens(
     ]
 
 
-# What is done to pictures: (picture, number of the sample) -> picture.
+# Changes of pictures: (picture, number of the sample) -> picture.
 
 
 def _blank(picture: Image.Image, number: int) -> Image.Image:
@@ -145,7 +146,7 @@ VIEWS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
     "shuffled": _shuffled,
     "wrong": _wrong,
 }
-"""What is done to pictures, by name.
+"""Changes of pictures, by name.
 
 - ``blank``: one colour, the picture's mean: what can be answered without looking.
 - ``shuffled``: cut into 8 x 8 tiles, in random order: what needs no positions.

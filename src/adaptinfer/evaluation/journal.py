@@ -67,7 +67,7 @@ class Journal:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self._files():
-                self._mend(path)
+                self._cut_back(path)
             if not self._path.exists():
                 write_whole(self._path, _line(self._header))
             self._lock = _locked(self._path)
@@ -100,8 +100,8 @@ class Journal:
                     raise
         except OSError as error:
             raise InputError(
-                f"{str(self._path)!r}: cannot be written ({error.strerror}); the answers so far are whole, so mend "
-                "that and run the same command again"
+                f"{str(self._path)!r}: cannot be written ({error.strerror}); the answers so far are safe; once "
+                "that is fixed, run the same command again"
             ) from None
 
     def records(self) -> Iterator[Record]:
@@ -141,7 +141,7 @@ class Journal:
         whole = self.folder / "answers.jsonl"
         return [*([whole] if whole.exists() else []), *sorted(self.folder.glob("answers.part*.jsonl"))]
 
-    def _mend(self, path: Path) -> None:
+    def _cut_back(self, path: Path) -> None:
         end, _, header = _entries(path)
         if header is None:
             raise InputError(f"{str(path)!r}: is no file of answers; give another folder")

@@ -1,7 +1,7 @@
 """Latency beside the answers: one prompt at a time, one condition after the other in rounds, nothing else running.
 
-Answers come from batches and say nothing about time. This takes a task's first prompt alone, batch 1, and is meant to
-put a time on the report's axis; `adaptinfer bench` measures with more care.
+Answers come from batches, whose times would not compare. This takes a task's first prompt alone, batch 1, to put a time
+on the report's axis; `adaptinfer bench` measures with more care.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _WARM_UPS = 1
 
 
 def measure(plan: EvaluationPlan, worker: Worker, rounds: int, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Time to first token and per token of every condition that has a cost of its own.
+    """Time to first token and per token of every condition that changes what a prompt costs.
 
     Args:
         plan: whose conditions and first task.
         worker: with the model.
         rounds: in each, every condition runs once; vanilla's time in the same round is what a ratio is taken of.
-        progress: told what is going on.
+        progress: called with what is going on.
 
     Returns:
         By condition, raw values and what they come to; conditions that refuse are left out.

@@ -30,7 +30,7 @@ from adaptinfer.evaluation.conditions import published
 from adaptinfer.pruners import METHODS, Pruner
 from adaptinfer.pruners.config import from_pretrained
 
-_MAX_NEW_TOKENS = 1024  # where a task says nothing, as lmms-eval's own models have it
+_MAX_NEW_TOKENS = 1024  # default where a task sets none, as in lmms-eval's own models
 
 
 def manifest() -> Any:
@@ -167,7 +167,7 @@ def _pruner(
     positions: str | None,
     seed: int | None,
 ) -> Pruner | None:
-    """What the arguments ask for; every one that is given is heeded, or refused.
+    """What the arguments ask for; each argument is used, or rejected.
 
     Raises:
         InputError: arguments that do not go together, or an unknown method.
@@ -184,7 +184,7 @@ def _pruner(
     }
     if given in (["preset"], ["pruner"]) and settings:
         raise InputError(
-            f"model_args: {given[0]} brings settings of its own, so leave out {' and '.join(settings)}, or give "
+            f"model_args: {given[0]} brings its own settings, so leave out {' and '.join(settings)}, or give "
             f"method in place of {given[0]}"
         )
     if pruner is not None:

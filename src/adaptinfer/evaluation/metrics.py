@@ -31,8 +31,8 @@ def normalise(text: str) -> str:
     or before a number.
     """
     words = [word for word in (word.strip(".,;:!?\"'()[]{}`") for word in text.lower().split()) if word]
-    behind = [*words, "0"][1:]
-    kept = [word for word, after in zip(words, behind, strict=True) if word not in _ARTICLES or after.isdigit()]
+    following = [*words, "0"][1:]
+    kept = [word for word, after in zip(words, following, strict=True) if word not in _ARTICLES or after.isdigit()]
     return " ".join(_NUMBERS.get(word, word) for word in kept)
 
 

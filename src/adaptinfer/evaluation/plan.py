@@ -76,7 +76,7 @@ class EvaluationPlan:
         """Samples in a batch of a task.
 
         Conversations are batched with holes in the mask, where shorter answers end; rotary positions with more than one
-        axis count tokens and not what a mask leaves of them, so there each conversation is a batch of its own.
+        axis count tokens and not what a mask leaves of them, so there each conversation is a batch alone.
         """
         talks = any(len(sample.turns) > 1 for sample in self.loaded_samples[task])
         return 1 if talks and self.checkpoint.family.rotary is None else self.batch

@@ -62,7 +62,7 @@ class Processes:
         return self.index == 0
 
     def device(self, name: str) -> str:
-        """The device of this process: each has a GPU of its own if there are any."""
+        """The device of this process: each takes its own GPU if there are any."""
         if self.count == 1 or name not in ("auto", "cuda"):
             return name
         import torch
@@ -70,11 +70,11 @@ class Processes:
         return f"cuda:{self.local}" if torch.cuda.is_available() else "cpu"
 
     def journal(self, folder: Path, plan: EvaluationPlan) -> tuple[Journal, set[Block]]:
-        """This process's file of answers, opened, and the blocks that are done; the first one mends what was left.
+        """This process's file of answers, opened, and the blocks that are done; the first one repairs what a kill left.
 
-        The blocks are the same in every process, so that their shares are of one list: nobody appends before the last
-        barrier, and files of others that are made meanwhile hold a header and no block. `Journal.done` would not do: a
-        process that is late sees what faster ones have answered since.
+        The blocks are the same in every process, so that their shares are of one list: none appends before the last
+        barrier, and files that others create meanwhile hold a header and no block. `Journal.done` would not do: a late
+        process sees what faster ones have answered since.
 
         Raises:
             InputError: the folder cannot be written, is in use, or holds answers of another run.

@@ -1,4 +1,4 @@
-"""What papers say, for a column of its own. None of it was measured here, and no two of them measured the same."""
+"""What papers report, for a separate column. None of it was measured here, and no two papers measured the same."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Published:
 
     Attributes:
         relative: percent of vanilla, as printed.
-        true_tokens: what a decoder layer is really given on average, by our count; None if it cannot be told.
+        true_tokens: what a decoder layer is really given on average, by our count; None if it is not known.
     """
 
     relative: str

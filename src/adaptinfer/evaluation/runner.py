@@ -38,7 +38,7 @@ def run(
         plan: the run.
         journal: where answers go.
         todo: what is left of it.
-        done: told of each block's task and condition.
+        done: called with each block's task and condition.
 
     Returns:
         The worker with its loaded model; None if there was nothing to do.
@@ -84,7 +84,7 @@ class Losses:
                 name, reason = next(iter(lost.items()))
                 raise InputError(
                     f"task {task!r}: {len(lost)} of {total} samples cannot be used, which is too many to leave out; "
-                    f"the first is {name!r}: {reason} (once they are mended, begin in another folder)"
+                    f"the first is {name!r}: {reason} (once they are repaired, begin in another folder)"
                 )
 
 
@@ -185,7 +185,7 @@ class Worker:
         self, task: Task, samples: Sequence[TaskSample], batch: PromptBatch, pruner: Pruner | Resize | None
     ) -> Outcome:
         longest = max(len(sample.turns) for sample in samples)
-        # A conversation that is over repeats its last question, so that the batch stays whole; nobody reads the answer.
+        # A conversation that is over repeats its last question, so that the batch stays whole; that answer is not used.
         later = [
             [sample.turns[min(turn, len(sample.turns) - 1)].question for turn in range(1, longest)]
             for sample in samples
@@ -194,8 +194,8 @@ class Worker:
             return self._answerer.answer(batch, later, task.max_new_tokens, pruner)
         except torch.OutOfMemoryError as error:
             raise _OutOfMemoryError(
-                f"--batch {self._plan.batch}: the memory of {self._plan.checkpoint.device} does not suffice; take a "
-                "smaller batch, in another folder"
+                f"--batch {self._plan.batch}: {self._plan.checkpoint.device} has too little memory; take a smaller "
+                "batch, in another folder"
             ) from error
 
     def _pictures(

@@ -32,7 +32,7 @@ class Turn:
     Attributes:
         question: the whole text of the user's turn, with the instruction on how to answer if there is one.
         answers: references, at least one; what several mean is up to the metric.
-        kind: of question; accuracy is told by kind.
+        kind: of question; the report has the accuracy of each kind.
         evidence: cells that hold what is asked about. Only the `evidence` control looks at it.
     """
 
@@ -64,7 +64,7 @@ class Task(Protocol):
         name: in records and tables.
         metric: a name in `METRICS`.
         max_new_tokens: longest answer.
-        grid: rows and columns of the cells that evidence is told in; None where there is no evidence.
+        grid: rows and columns of the cells of evidence; None where there is no evidence.
     """
 
     name: str

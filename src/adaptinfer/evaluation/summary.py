@@ -29,8 +29,8 @@ _SAME_BUDGET = 0.03
 def summarise(plan: EvaluationPlan, records: Iterable[Record]) -> list[dict[str, Any]]:
     """One entry per task.
 
-    An answer is told by its place (sample, turn); the scores of several seeds at one place are averaged before anything
-    else. Intervals resample groups of samples that share pictures.
+    An answer is identified by its place (sample, turn); the scores of several seeds at one place are averaged first.
+    Intervals resample groups of samples that share pictures.
     """
     by_task: dict[str, list[Record]] = defaultdict(list)
     for record in records:
