@@ -31,7 +31,8 @@ from adaptinfer.calibration.objective import KeptMass
 from adaptinfer.calibration.plots import budget_in_words
 from adaptinfer.calibration.record import Reader, Reading, fingerprint
 from adaptinfer.calibration.run import Target, analyse, record
-from adaptinfer.calibration.samples import DataSetSource, FolderSource, ListSource, Sample, open_source
+from adaptinfer.calibration.samples import Sample
+from adaptinfer.calibration.sources import DataSetSource, FolderSource, ListSource, open_source
 from adaptinfer.calibration.store import PART, Recording, check_skipped, record_part
 from adaptinfer.checkpoints import Checkpoint
 from adaptinfer.cli.app import app

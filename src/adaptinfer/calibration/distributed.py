@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from adaptinfer.calibration.record import Reader
 from adaptinfer.calibration.run import Target, check_reach, content_of, record
-from adaptinfer.calibration.samples import Source, open_source
+from adaptinfer.calibration.samples import Source
+from adaptinfer.calibration.sources import open_source
 from adaptinfer.calibration.store import Recording, check_skipped, digest_of, record_part
 from adaptinfer.checkpoints import Checkpoint, DType
 from adaptinfer.errors import InputError

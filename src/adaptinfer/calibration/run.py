@@ -17,8 +17,9 @@ from adaptinfer.calibration.objective import FlopCost, KeptMass, TokenCost
 from adaptinfer.calibration.optimise import check_budget, check_stages, frontier, optimise, published_shape, with_layers
 from adaptinfer.calibration.record import Reader, Reading, check_method, describe_method, fingerprint
 from adaptinfer.calibration.result import Calibration, Candidate, FrontierPoint, interval
-from adaptinfer.calibration.samples import ListSource, Source, open_source
+from adaptinfer.calibration.samples import Source
 from adaptinfer.calibration.shifts import detect_shifts, distances
+from adaptinfer.calibration.sources import ListSource, open_source
 from adaptinfer.calibration.store import PART, Recording, about, check_skipped, digest_of, record_part
 from adaptinfer.errors import InputError, check_whole
 from adaptinfer.schedule import Budget, ModelShape, Schedule, ScheduleError

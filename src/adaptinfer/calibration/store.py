@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from adaptinfer.calibration.record import Reading
+from adaptinfer.calibration.samples import Source, mark_of
 from adaptinfer.errors import InputError
 from adaptinfer.files import write_whole
 
 if TYPE_CHECKING:
     from adaptinfer.calibration.record import Reader
-    from adaptinfer.calibration.samples import Source
 
 __all__ = ["MOST_SKIPPED", "PART", "Recording", "Skipped", "about", "check_skipped", "digest_of", "record_part"]
 
@@ -218,12 +218,6 @@ def record_part(
     header = json.dumps({"about": digest, "stop": part.stop, "samples": rows})
     # One entry, since safetensors writes several in any order, and the same readings are to be the same bytes.
     return save(tensors or {"none": np.zeros(0, dtype=np.float32)}, metadata={_HEADER: header})
-
-
-def mark_of(source: Source, index: int) -> str | None:
-    """A sample's mark, where its source has marks."""
-    mark = getattr(source, "mark", None)
-    return None if mark is None else mark(index)
 
 
 def check_skipped(skipped: Sequence[Skipped], count: int) -> None:
