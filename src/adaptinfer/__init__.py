@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from adaptinfer.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from adaptinfer.calibration.result import Calibration
     from adaptinfer.calibration.run import calibrate
@@ -54,8 +56,6 @@ if TYPE_CHECKING:
     from adaptinfer.pruners.config import from_pretrained
     from adaptinfer.resize import Resize
     from adaptinfer.schedule import PRESETS, ModelShape, Schedule, ScheduleError, Stage, preset, solve
-
-__version__ = "0.1.0"
 
 __all__ = [
     "DART",

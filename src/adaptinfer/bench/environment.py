@@ -9,16 +9,24 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["environment"]
+import torch
+import transformers
+
+from adaptinfer.version import __version__
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this package and those that compute."""
+    return {
+        "adaptinfer": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def environment() -> dict[str, Any]:
     """Hardware, versions and commit of this run; the commit is None where the package is not in its repository."""
-    import torch
-    import transformers
-
-    import adaptinfer
-
     commit = _git("rev-parse", "HEAD") if _git("ls-files", "--error-unmatch", "../__init__.py") else None
     changed = _git("status", "--porcelain", "--", ":/src", ":/research/*.py")
     has_gpu = torch.cuda.is_available()
@@ -35,10 +43,7 @@ def environment() -> dict[str, Any]:
         "gpu_memory_bytes": torch.cuda.get_device_properties().total_memory if has_gpu else None,
         "cuda": torch.version.cuda,
         "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "adaptinfer": adaptinfer.__version__,
+        **versions(),
     }
 
 

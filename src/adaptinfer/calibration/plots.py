@@ -1,194 +1,153 @@
-"""Why this schedule, in six panels."""
+"""Why this schedule, in six panels, drawn from the document that ``curves.json`` holds."""
 
 from __future__ import annotations
 
-import io
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adaptinfer.errors import InputError
-from adaptinfer.files import write_whole
+from adaptinfer.charts import BAND, BLUE, GREEN, INK, QUIET, RED, label, new_figure, save
+from adaptinfer.schedule import Schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from adaptinfer.calibration.result import Calibration
-    from adaptinfer.schedule import Schedule
 
-__all__ = ["PLOT_SUFFIXES", "draw"]
+def draw(curves: dict[str, Any], path: Path) -> None:
+    """Draw and save `Calibration.curves`.
 
-PLOT_SUFFIXES = (".png", ".pdf", ".svg")
-
-_PAPER, _INK, _QUIET, _BAND = "white", "#1d2733", "#6b7785", "#d5dbe1"
-_BLUE, _RED, _GREEN = "#0b6e99", "#c8553d", "#5b8c5a"
-
-
-def draw(calibration: Calibration, path: Path) -> None:
-    """Draw and save. Raises InputError if the file cannot be written, or for another kind of file."""
-    from matplotlib.figure import Figure
-
-    if path.suffix.lower() not in PLOT_SUFFIXES:
-        raise InputError(f"plot {str(path)!r}: must end in one of {', '.join(PLOT_SUFFIXES)}")
-    figure = Figure(figsize=(15.5, 8.6), layout="constrained", facecolor=_PAPER)
-    axes = figure.subplots(2, 3)
-    panels = (_mass, _histogram, _shifts, _frontier, _stages, _staircase)
-    for panel, place in zip(panels, axes.flat, strict=True):
-        panel(place, calibration)
-        _tidy(place)
-    about = calibration.provenance
-    figure.suptitle(
+    Raises:
+        InputError: the file cannot be written, or is no .png, .pdf or .svg.
+    """
+    about = curves["provenance"]
+    figure = new_figure(
+        15.5,
+        8.6,
         f"{Path(about['model']['name']).name}: {about['samples']} samples, {budget_in_words(about['budget'])}, "
         f"scores of {about['method']['name']}",
-        color=_INK,
-        fontsize=12,
     )
-    target = io.BytesIO()
-    figure.savefig(target, format=path.suffix[1:].lower(), dpi=130, facecolor=_PAPER, metadata=_undated(path))
-    try:
-        write_whole(path, target.getvalue())
-    except OSError as error:
-        raise InputError(f"plot {str(path)!r}: cannot be written ({error.strerror})") from None
+    panels = (_mass, _histogram, _shifts, _frontier, _candidates, _staircase)
+    for panel, axes in zip(panels, figure.subplots(2, 3).flat, strict=True):
+        panel(axes, curves)
+        if panel is not _candidates:  # it names its bars itself
+            axes.legend(loc="best", frameon=False, fontsize=8.5, labelcolor=INK)
+    save(figure, "plot", path)
 
 
 def budget_in_words(told: dict[str, Any]) -> str:
+    """What was asked for, from `provenance`."""
     if "flops_share" in told:
         return f"FLOPs share {told['flops_share']:.3g}"
     return f"true average {told['true_average']:.1f} of {told['vision_tokens']} ({100 * told['share']:.3g} %)"
 
 
-def _mass(axes: Axes, calibration: Calibration) -> None:
-    low, mean, high = calibration.mass_by_layer
-    layers = np.arange(len(mean))
-    axes.fill_between(layers, low, high, color=_BAND, label="10–90 % of samples")
-    axes.plot(layers, mean, color=_BLUE, marker="o", markersize=4, label="mean")
-    _mark_stages(axes, calibration.schedule)
+def _mass(axes: Axes, curves: dict[str, Any]) -> None:
+    mass = curves["mass_by_layer"]
+    layers = np.arange(len(mass["mean"]))
+    axes.fill_between(layers, mass["q10"], mass["q90"], color=BAND, label="10–90 % of samples")
+    axes.plot(layers, mass["mean"], color=BLUE, marker="o", markersize=4, label="mean")
+    for number, stage in enumerate(_schedule(curves["candidates"][-1]).stages):
+        axes.axvline(stage.layer, color=RED, linewidth=1.2, label="" if number else "stages of the schedule")
     axes.set_ylim(0)
-    axes.set_title("Text-to-vision attention by layer")
-    axes.set_xlabel("layer")
-    axes.set_ylabel("share of the mass of all layers")
-    _legend(axes)
+    label(axes, "Text-to-vision attention by layer", "layer", "share of the mass of all layers")
 
 
-def _histogram(axes: Axes, calibration: Calibration) -> None:
-    found = calibration.histogram
-    axes.bar(found.layers, found.counts, color=_BLUE, width=0.7, label="found")
-    axes.fill_between(found.layers, found.null_low, found.null_high, color=_RED, alpha=0.25, step="mid")
-    axes.step(found.layers, found.null_mean, where="mid", color=_RED, label="null: layers in random order, 95 % band")
-    axes.axvline(found.flat, color=_QUIET, linestyle=":", label="what a constant curve yields")
-    axes.set_title("The published detector and its null")
-    axes.set_xlabel("layer")
-    axes.set_ylabel("tokens x samples")
-    axes.set_ylim(0, 1.6 * max(found.counts.max(), found.null_high.max()))
-    _legend(axes)
+def _histogram(axes: Axes, curves: dict[str, Any]) -> None:
+    found = curves["published_detector"]
+    layers, (low, high) = found["layers"], found["null_band"]
+    axes.bar(layers, found["counts"], color=BLUE, width=0.7, label="found")
+    axes.fill_between(layers, low, high, color=RED, alpha=0.25, step="mid")
+    axes.step(layers, found["null_mean"], where="mid", color=RED, label="null: layers in random order, 95 % band")
+    axes.axvline(found["constant_curve"], color=QUIET, linestyle=":", label="what a constant curve yields")
+    axes.set_ylim(0, 1.6 * max(*found["counts"], *high))
+    label(axes, "The published detector and its null", "layer", "tokens × samples")
 
 
-def _shifts(axes: Axes, calibration: Calibration) -> None:
-    for shifts, colour, label in (
-        (calibration.shifts, _BLUE, "Jensen–Shannon"),
-        (calibration.rank_shifts, _GREEN, "rank"),
-    ):
-        axes.plot(shifts.layers[1:], shifts.steps, color=colour, marker="o", markersize=4, label=label)
-        axes.axhspan(shifts.null_low, shifts.null_high, color=colour, alpha=0.15)
-    top = 1.45 * max(calibration.shifts.steps.max(), calibration.rank_shifts.steps.max())
-    for shift in calibration.shifts.found:
-        axes.axvline(shift.layer - 0.5, color=_RED, linewidth=1.2)
-        text = f"{shift.explained:.0%}, in {shift.confidence:.0%}\nof resamples"
-        axes.annotate(text, (shift.layer - 0.4, 0.03 * top), color=_RED, fontsize=8)
+def _shifts(axes: Axes, curves: dict[str, Any]) -> None:
+    js, rank = curves["shifts"]["js"], curves["shifts"]["rank"]
+    for shifts, colour, name in ((js, BLUE, "Jensen–Shannon"), (rank, GREEN, "rank")):
+        axes.plot(shifts["layers"][1:], shifts["steps"], color=colour, marker="o", markersize=4, label=name)
+        axes.axhspan(*shifts["null_band"], color=colour, alpha=0.15)
+    top = 1.45 * max(*js["steps"], *rank["steps"])
+    for shift in js["found"]:
+        axes.axvline(shift["layer"] - 0.5, color=RED, linewidth=1.2)
+        text = f"{shift['explained']:.0%}, in {shift['confidence']:.0%}\nof resamples"
+        axes.annotate(text, (shift["layer"] - 0.4, 0.03 * top), color=RED, fontsize=8)
     axes.set_ylim(0, top)
-    axes.set_title("Distance of each layer to the one before; shifts")
-    axes.set_xlabel("layer")
-    axes.set_ylabel("distance (bands: layers in random order)")
-    _legend(axes)
+    label(
+        axes,
+        "Distance of each layer to the one before; shifts",
+        "layer",
+        "distance (bands: layers in random order)",
+    )
 
 
-def _frontier(axes: Axes, calibration: Calibration) -> None:
-    points = calibration.frontier
-    averages = [point.true_average for point in points]
-    shown = [(point.true_average, point.published) for point in points if point.published is not None]
-    axes.plot(averages, [point.optimised for point in points], color=_BLUE, marker="o", markersize=4, label="optimised")
-    if shown:
-        axes.plot(*zip(*shown, strict=True), color=_QUIET, marker="s", markersize=4, label="published shape")
-    chosen = calibration.chosen
-    axes.plot(calibration.schedule.true_average(), chosen.kept_mass, color=_RED, marker="*", markersize=13, linewidth=0)
-    axes.set_title("Kept attention mass against budget")
-    axes.set_xlabel("vision tokens given to a layer (true average)")
-    axes.set_ylabel("share of the mass that survives")
+def _frontier(axes: Axes, curves: dict[str, Any]) -> None:
+    points, chosen = curves["frontier"], curves["candidates"][-1]
+    for name, key, colour, marker in (
+        ("optimised", "optimised", BLUE, "o"),
+        ("published shape", "published", QUIET, "s"),
+    ):
+        shown = [(point["true_average"], point[key]) for point in points if point[key] is not None]
+        if shown:
+            axes.plot(*zip(*shown, strict=True), color=colour, marker=marker, markersize=4, label=name)
+    average = _schedule(chosen).true_average()
+    axes.plot(average, chosen["kept_mass"], color=RED, marker="*", markersize=13, linewidth=0, label="this schedule")
     axes.set_ylim(0, 1)
-    _legend(axes)
+    label(
+        axes,
+        "Kept attention mass against budget",
+        "vision tokens given to a layer (true average)",
+        "share of the mass that survives",
+    )
 
 
-def _stages(axes: Axes, calibration: Calibration) -> None:
-    shown = [each for each in calibration.candidates if each.schedule is not None]
+def _candidates(axes: Axes, curves: dict[str, Any]) -> None:
+    shown = [each for each in curves["candidates"] if each["schedule"] is not None]
     rows = np.arange(len(shown))[::-1]
-    means = np.array([each.kept_mass for each in shown])
-    errors = np.array([[each.kept_mass - each.low, each.high - each.kept_mass] for each in shown]).T
-    colours = [_BLUE if each is calibration.chosen else _QUIET for each in shown]
-    axes.barh(rows, means, xerr=errors, color=colours, ecolor=_INK, height=0.55, capsize=3)
+    means, lows, highs = (np.array([each[name] for each in shown]) for name in ("kept_mass", "low", "high"))
+    colours = [QUIET] * (len(shown) - 1) + [BLUE]  # the last is the one that was chosen
+    axes.barh(rows, means, xerr=[means - lows, highs - means], color=colours, ecolor=INK, height=0.55, capsize=3)
     for row, each in zip(rows, shown, strict=True):
-        axes.annotate(f"{each.name}: {_words(each.schedule)}", (0, row + 0.33), color=_INK, fontsize=8.5)
+        axes.annotate(f"{each['name']}: {_schedule_in_words(each)}", (0, row + 0.33), color=INK, fontsize=8.5)
     axes.set_yticks([])
     axes.set_ylim(-0.6, len(shown) - 0.3)
     axes.set_xlim(0, 1.15 * means.max())
-    axes.set_title("Ways to choose, at the same budget")
-    axes.set_xlabel("share of the mass that survives, 95 % interval over samples")
+    label(axes, "Ways to choose, at the same budget", "share of the mass that survives, 95 % CI over samples")
 
 
-def _staircase(axes: Axes, calibration: Calibration) -> None:
-    lines = {"optimised": (_BLUE, 2.4, "-"), "published shape": (_QUIET, 1.6, "--")}
-    for each in calibration.candidates:
-        if each.name in lines and each.schedule is not None:
-            colour, width, style = lines[each.name]
-            tokens = each.schedule.tokens_per_layer()
+def _staircase(axes: Axes, curves: dict[str, Any]) -> None:
+    lines = {"published shape": (QUIET, 1.6, "--"), "optimised": (BLUE, 2.4, "-")}
+    for each in curves["candidates"]:
+        if each["name"] in lines and each["schedule"] is not None:
+            colour, width, style = lines[each["name"]]
+            tokens = _schedule(each).tokens_per_layer()
             layers = np.arange(len(tokens) + 1) - 0.5
-            axes.stairs(tokens, layers, color=colour, linewidth=width, linestyle=style, label=each.name, baseline=None)
-            if each is calibration.chosen:
-                axes.stairs(tokens, layers, color=colour, alpha=0.12, fill=True)
-                for stage in each.schedule.stages:
-                    axes.annotate(
-                        f"{stage.keep} after {stage.layer}",
-                        (stage.layer + 0.6, float(stage.keep)),
-                        xytext=(3, 6),
-                        textcoords="offset points",
-                        color=colour,
-                        fontsize=8.5,
-                    )
+            axes.stairs(
+                tokens, layers, color=colour, linewidth=width, linestyle=style, label=each["name"], baseline=None
+            )
+    chosen = _schedule(curves["candidates"][-1])
+    tokens = chosen.tokens_per_layer()
+    axes.stairs(tokens, np.arange(len(tokens) + 1) - 0.5, color=BLUE, alpha=0.12, fill=True)
+    for stage in chosen.stages:
+        axes.annotate(
+            f"{stage.keep} after {stage.layer}",
+            (stage.layer + 0.6, float(stage.keep)),
+            xytext=(3, 6),
+            textcoords="offset points",
+            color=BLUE,
+            fontsize=8.5,
+        )
     axes.set_ylim(0)
-    axes.set_title("The schedule")
-    axes.set_xlabel("layer")
-    axes.set_ylabel("vision tokens given to it")
-    _legend(axes)
+    label(axes, "The schedule", "layer", "vision tokens given to it")
 
 
-def _mark_stages(axes: Axes, schedule: Schedule) -> None:
-    for number, stage in enumerate(schedule.stages):
-        axes.axvline(stage.layer, color=_RED, linewidth=1.2, label="" if number else "stages of the schedule")
+def _schedule(candidate: dict[str, Any]) -> Schedule:
+    return Schedule.from_json(json.dumps(candidate["schedule"]))
 
 
-def _words(schedule: Schedule | None) -> str:
-    stages = () if schedule is None else schedule.stages
+def _schedule_in_words(candidate: dict[str, Any]) -> str:
+    stages = _schedule(candidate).stages
     return ", ".join(f"{stage.keep} after {stage.layer}" for stage in stages) or "nothing dropped"
-
-
-def _legend(axes: Axes) -> None:
-    axes.legend(loc="best", frameon=False, fontsize=8.5, labelcolor=_INK)
-
-
-def _tidy(axes: Axes) -> None:
-    axes.title.set_color(_INK)
-    axes.title.set_fontsize(11)
-    axes.xaxis.label.set_color(_INK)
-    axes.yaxis.label.set_color(_INK)
-    axes.grid(color="#e4e8ec", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_QUIET)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(_QUIET)
-
-
-def _undated(path: Path) -> dict[str, None] | None:
-    """The same calibration makes the same file."""
-    return {"Date": None} if path.suffix.lower() == ".svg" else None

@@ -6,19 +6,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from adaptinfer.calibration.detect import Histogram
+from adaptinfer.calibration.plots import draw
+from adaptinfer.calibration.shifts import Shifts
 from adaptinfer.errors import InputError
 from adaptinfer.files import write_whole
-
-if TYPE_CHECKING:
-    from adaptinfer.calibration.detect import Histogram
-    from adaptinfer.calibration.shifts import Shifts
-    from adaptinfer.schedule import Schedule
-
-__all__ = ["Calibration", "Candidate", "FrontierPoint", "interval"]
+from adaptinfer.schedule import Schedule
 
 FORMAT, VERSION = "adaptinfer.calibration", 1
 _RESAMPLES = 2000
@@ -131,9 +128,7 @@ class Calibration:
 
     def plot(self, path: str | Path) -> None:
         """Draw why this schedule (.png, .pdf or .svg). Raises InputError if the file cannot be written."""
-        from adaptinfer.calibration.plots import draw
-
-        draw(self, Path(path))
+        draw(self.curves, Path(path))
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write ``schedule.json``, ``curves.json`` and ``calibration.png`` into a folder (made if missing).

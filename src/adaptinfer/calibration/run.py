@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from adaptinfer.bench.environment import versions
 from adaptinfer.calibration.detect import LEAST_LAYERS, histogram, read_off
 from adaptinfer.calibration.objective import FlopCost, KeptMass, TokenCost
 from adaptinfer.calibration.optimise import check_budget, check_stages, frontier, optimise, published_shape, with_layers
@@ -291,7 +291,7 @@ def analyse(
         "budget": budget.described(mass),
         "stages": stages,
         "kept_mass": choice.kept_mass,
-        "versions": _versions(),
+        "versions": versions(),
     }
     return Calibration(
         schedule=choice.schedule,
@@ -340,17 +340,3 @@ def _default_method() -> Pruner:
     from adaptinfer.pruners import AdaptInfer
 
     return AdaptInfer(budget=0.5)  # of which only the score is used
-
-
-def _versions() -> dict[str, str]:
-    import torch
-    import transformers
-
-    from adaptinfer import __version__
-
-    return {
-        "adaptinfer": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
