@@ -43,7 +43,6 @@ from adaptinfer.evaluation.runner import run
 from adaptinfer.evaluation.statistics import Resamples, verdict
 from adaptinfer.evaluation.summary import finite, summarise
 from adaptinfer.evaluation.world import FORMS
-from adaptinfer.pruners.config import to_document
 
 KEPT = 1 / 3  # of the candidates, from one rung to the next
 
@@ -247,7 +246,7 @@ def main() -> None:
                 {
                     "name": name,
                     "setting": search.settings[name],
-                    "pruner": to_document(search.condition(name).pruner),  # pyright: ignore[reportArgumentType]
+                    "pruner": search.condition(name).pruner.to_document(),  # pyright: ignore[reportOptionalMemberAccess]
                 }
                 for name in names
             ]

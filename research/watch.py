@@ -23,7 +23,7 @@ from adaptinfer.errors import InputError
 
 if TYPE_CHECKING:
     from adaptinfer.bench.timing import Clock, Mark
-    from adaptinfer.pruners.base import Pruner
+    from adaptinfer.pruners.contracts import Pruner
 
 TOWER, PROJECTOR, HEAD = "vision tower", "projector", "head"
 OUTSIDE = "embeddings, merge, layout"

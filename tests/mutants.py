@@ -214,7 +214,7 @@ MUTANTS = [
     ),
     Mutant(
         "4: row 0 of the batch chooses for every sample",
-        "pruners/base.py",
+        "pruners/contracts.py",
         "        return Selection(top_k_mask(score, candidates, per_sample(keeps, score.device)), score)",
         "        score = score[:1].expand(score.shape)\n"
         "        return Selection(top_k_mask(score, candidates, per_sample(keeps, score.device)), score)",
@@ -431,7 +431,7 @@ MUTANTS = [
     ),
     Mutant(
         "scores are computed for every row of the prompt",
-        "engine/stage.py",
+        "pruners/views.py",
         "        query = gather_tokens(self.query, rows, dim=2)\n",
         "        full = attention_rows(self.query, self.key, self.scaling)\n"
         "        query = gather_tokens(self.query, rows, dim=2) + 0 * full.mean()\n",
@@ -544,14 +544,14 @@ MUTANTS = [
     ),
     Mutant(
         "methods: the last token's attention is a mean over the question",
-        "engine/stage.py",
+        "pruners/views.py",
         "        return self.total(self.to_vision(self.attention(self.last_text)).sum(dim=1)[:, 0]) / self.all_heads",
         "        return self.total(self.to_vision(self.text_attention).sum(dim=(1, 2))) / self.all_heads",
         "tests/test_methods_inside.py::test_it_keeps_what_its_formula_says",
     ),
     Mutant(
         "methods: the last token of a short question is its padding",
-        "engine/stage.py",
+        "pruners/views.py",
         "        return self.text_index.gather(1, (self.text_mask.sum(dim=1, keepdim=True) - 1).clamp(min=0))",
         "        return self.text_index[:, -1:]",
         "tests/test_methods_inside.py::test_it_keeps_what_its_formula_says",
@@ -1041,7 +1041,7 @@ MUTANTS = [
     ),
     Mutant(
         "before the model: a composition's budget is that of what enters",
-        "pruners/composed.py",
+        "pruners/before.py",
         "            within = budget_within(budget, vision_tokens, entering)",
         "            within = budget * entering if budget < 1 else budget",
         "tests/test_engine_before.py::test_a_composition_by_hand",

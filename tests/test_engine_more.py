@@ -15,7 +15,7 @@ from oracle import Oracle, grown
 from transformers import DynamicCache, GenerationConfig
 
 from adaptinfer import AdaptInfer, AdaptInferError, Random, Schedule, ScheduleError, Stage, UnsupportedError, attach
-from adaptinfer.engine import stage as stage_module
+from adaptinfer.pruners import views as stage_module
 
 TWO_STAGES = Schedule((Stage(1, 20), Stage(3, 6)), tiny.LAYERS)
 PLACEHOLDERS = (tiny.IMAGE, tiny.VIDEO)

@@ -207,11 +207,11 @@ def test_no_layer_reads_the_device(monkeypatch, method, attention, uneven):
 @each_method
 def test_a_few_rows_and_heads_at_a_time(models, monkeypatch, method):
     """Attention that would be large is taken in parts: the same choice."""
-    from adaptinfer.engine import stage
+    from adaptinfer.pruners import views
 
     inputs = tiny.batch("llava", prompts("llava"))
     _, whole = run(models("llava"), inputs, method(schedule=STAGES))
-    monkeypatch.setattr(stage, "_LARGEST", 3 * 4 * 130 * 7)
+    monkeypatch.setattr(views, "_LARGEST", 3 * 4 * 130 * 7)
     _, parts = run(models("llava"), inputs, method(schedule=STAGES))
     for one, other in zip(whole.kept, parts.kept, strict=True):
         assert [row.tolist() for row in one] == [row.tolist() for row in other]

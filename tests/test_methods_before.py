@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptinfer import FasterVLM, HiRED, Pool, PruMerge, PruMergePlus, Scans, VisionZip, VisPruner
-from adaptinfer.engine.selection import FeatureView
-from adaptinfer.pruners.before import rank_within, shared_out
 from adaptinfer.pruners.cdpruner import likely_set, relevance
 from adaptinfer.pruners.divprune import farthest_first
 from adaptinfer.pruners.hired import apportioned
 from adaptinfer.pruners.pool import cells
 from adaptinfer.pruners.prumerge import outliers_and_uniform
+from adaptinfer.pruners.selecting import rank_within, shared_out
 from adaptinfer.pruners.starpro import pivots
+from adaptinfer.pruners.views import FeatureView
 from adaptinfer.pruners.vispruner import without_duplicates
 
 

@@ -39,9 +39,9 @@ from adaptinfer import (
     attach,
 )
 from adaptinfer.engine.rotary import Rotation
-from adaptinfer.engine.stage import PromptView
 from adaptinfer.functional import evenly_spaced
 from adaptinfer.pruners.sparsevlm import choose_raters, density_clusters
+from adaptinfer.pruners.views import PromptView
 
 STAGES = Schedule((Stage(1, 0.4), Stage(3, 0.5)), tiny.LAYERS)
 

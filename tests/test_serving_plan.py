@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptinfer import AdaptInfer, Random, Schedule, ScheduleError, Stage, UnsupportedError
-from adaptinfer.engine.stage import StageView
 from adaptinfer.pruners import PrunerError
+from adaptinfer.pruners.views import StageView
 from adaptinfer.serving.settings import pruner_from, to_json
 from adaptinfer.serving.vllm_plugin.counts import Counts
 from adaptinfer.serving.vllm_plugin.plan import Planner, Row, plan_step

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from adaptinfer.checkpoints import Checkpoint, Prompt
     from adaptinfer.engine.report import Report
-    from adaptinfer.pruners.base import Pruner
+    from adaptinfer.pruners.contracts import Pruner
 
 __all__ = ["Answer", "Comparison", "Latency", "ask", "timed"]
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from adaptinfer.engine.families import Family
     from adaptinfer.pictures import Picture
-    from adaptinfer.pruners.base import Pruner
+    from adaptinfer.pruners.contracts import Pruner
 
 __all__ = ["EMBEDDED", "Checkpoint", "DType", "Prompt", "check_question", "processed"]
 

@@ -8,13 +8,10 @@ tokens still alive, N tokens of the layer's input, L key columns, D head dimensi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = [
     "attention_rows",

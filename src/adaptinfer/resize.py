@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adaptinfer.errors import InputError, UnsupportedError
-from adaptinfer.pruners.before import shared_out
+from adaptinfer.pruners.selecting import shared_out
 from adaptinfer.schedule import Budget
 
 if TYPE_CHECKING:

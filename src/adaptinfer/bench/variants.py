@@ -11,7 +11,7 @@ from adaptinfer.schedule import Schedule, ScheduleError, preset
 
 if TYPE_CHECKING:
     from adaptinfer.engine.families import Family
-    from adaptinfer.pruners.base import Pruner
+    from adaptinfer.pruners.contracts import Pruner
 
 __all__ = ["EarlyDrop", "Variant", "check_names", "check_variants", "variants"]
 

@@ -25,7 +25,7 @@ from adaptinfer.checkpoints import Checkpoint, DType
 from adaptinfer.errors import InputError
 
 if TYPE_CHECKING:
-    from adaptinfer.pruners.base import Pruner
+    from adaptinfer.pruners.contracts import Pruner
     from adaptinfer.schedule import ModelShape
 
 __all__ = ["Job", "processes", "record_alone", "record_with_ray"]

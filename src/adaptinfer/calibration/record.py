@@ -20,14 +20,14 @@ from adaptinfer.checkpoints import check_question, processed
 from adaptinfer.engine.attach import Handle
 from adaptinfer.engine.families import family_of, placeholders_of
 from adaptinfer.errors import InputError, UnsupportedError
-from adaptinfer.pruners.base import Pruner
+from adaptinfer.pruners.contracts import Pruner
 from adaptinfer.schedule import ModelShape, Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from adaptinfer.calibration.samples import Sample
-    from adaptinfer.engine.stage import StageView
+    from adaptinfer.pruners.views import StageView
 
 __all__ = ["Reader", "Reading", "check_method", "describe_method", "fingerprint"]
 

@@ -25,7 +25,7 @@ from adaptinfer.errors import InputError, check_whole
 from adaptinfer.schedule import Budget, ModelShape, Schedule, ScheduleError
 
 if TYPE_CHECKING:
-    from adaptinfer.pruners.base import Pruner
+    from adaptinfer.pruners.contracts import Pruner
 
 __all__ = ["Target", "analyse", "calibrate", "check_reach", "content_of", "record"]
 

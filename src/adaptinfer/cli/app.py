@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from adaptinfer.ask import Answer
     from adaptinfer.checkpoints import Checkpoint, Prompt
     from adaptinfer.overlay import Grid
-    from adaptinfer.pruners.base import Pruner
+    from adaptinfer.pruners.contracts import Pruner
 
 __all__ = ["app", "main"]
 

@@ -45,8 +45,8 @@ from adaptinfer.engine.vision.recorder import Recorder
 from adaptinfer.engine.vision.tower import TOWER_ATTENTION, Encoded, attention_in_tower
 from adaptinfer.errors import AdaptInferError, UnsupportedError
 from adaptinfer.functional import gather_tokens, scatter_tokens
-from adaptinfer.pruners.base import Pruner
 from adaptinfer.pruners.before import SelectsBefore
+from adaptinfer.pruners.contracts import Pruner
 from adaptinfer.pruners.tome import ToMe
 from adaptinfer.schedule import BEFORE, ModelShape, Schedule, ScheduleError, Stage
 

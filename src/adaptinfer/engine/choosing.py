@@ -15,9 +15,9 @@ from adaptinfer.engine.masks import visible_keys
 from adaptinfer.engine.report import StageRecord
 from adaptinfer.engine.rotary import Rotation
 from adaptinfer.engine.selection import Images, select_before
-from adaptinfer.engine.stage import PromptView, StageView
 from adaptinfer.errors import UnsupportedError
 from adaptinfer.functional import positions_of
+from adaptinfer.pruners.views import PromptView, StageView
 from adaptinfer.schedule import BEFORE
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from adaptinfer.engine.families import Family
     from adaptinfer.engine.parallel import Ranks
     from adaptinfer.engine.vision.tower import Encoded
-    from adaptinfer.pruners.base import Pruner, Selection
+    from adaptinfer.pruners.contracts import Pruner, Selection
 
 __all__ = ["Segment", "Stages"]
 

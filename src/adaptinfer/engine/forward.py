@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from adaptinfer.engine.families import Family
     from adaptinfer.engine.layout import PromptLayout
     from adaptinfer.engine.parallel import Ranks
-    from adaptinfer.engine.stage import StageView
-    from adaptinfer.pruners.base import Pruner
+    from adaptinfer.pruners.contracts import Pruner
+    from adaptinfer.pruners.views import StageView
 
 __all__ = ["ACTIVE", "Forward"]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from adaptinfer.engine.families import Family
-    from adaptinfer.pruners.base import Pruner
+    from adaptinfer.pruners.contracts import Pruner
 
 __all__ = [
     "arguments_of",

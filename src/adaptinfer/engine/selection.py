@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +10,8 @@ from torch import Tensor
 
 from adaptinfer.errors import UnsupportedError
 from adaptinfer.functional import gather_tokens
-from adaptinfer.pruners.base import Selection
-from adaptinfer.pruners.before import Read
-from adaptinfer.schedule import BEFORE
+from adaptinfer.pruners.contracts import Selection
+from adaptinfer.pruners.views import FeatureView, Grids, Read
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,100 +20,7 @@ if TYPE_CHECKING:
     from adaptinfer.engine.vision.tower import Encoded, Tower
     from adaptinfer.pruners.before import SelectsBefore
 
-__all__ = ["FeatureView", "Grids", "Images", "select_before"]
-
-Grids = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class FeatureView:
-    """Vision tokens of some rows of a prompt before layer 0, all rows alike: B rows, V vision tokens, T text tokens.
-
-    Attributes:
-        features: [B, V, d], the projected features as they stand in the input of layer 0.
-        text: [B, T, d], embeddings of the text behind the last image.
-        keep: how many vision tokens of each row stay, 0 < keep < V.
-        pictures: for each picture of a row the grids that its vision tokens fill one after the other, rows x columns:
-            one, as a rule; one a frame of a video; two for an any-resolution picture, its overview and its crops put
-            together (a column of line ends counts). None where the model does not say.
-        rows: int64 [B], which rows of the call's batch these are; None for all.
-    """
-
-    features: Tensor
-    text: Tensor
-    keep: int
-    pictures: tuple[Grids, ...] | None
-    rows: Tensor | None
-    _images: Images
-    _places: Tensor
-    layer: int = BEFORE
-
-    @property
-    def count(self) -> int:
-        """V."""
-        return self.features.shape[1]
-
-    def attention(self, layer: int, of: int = 0) -> Tensor:
-        """Attention that each vision token receives in a block of the tower, head by head, float32 [B, H, V].
-
-        The class token's; the mean over all tokens in towers without one. Line ends receive none.
-        """
-        return self._taken(Read("attention", layer, of)).transpose(1, 2)
-
-    def joined_attention(self, layer: int) -> Tensor:
-        """The same of one head that all heads are joined into, float32 [B, V]: logits are the mean times √H."""
-        return self._taken(Read("joined", layer))[..., 0]
-
-    def keys(self, layer: int, of: int = 0) -> Tensor:
-        """Keys of a block of the tower, [B, V, K, D]."""
-        return self._taken(Read("keys", layer, of))
-
-    def hidden(self, layer: int, of: int = 0) -> Tensor:
-        """Hidden states behind a block of the tower, [B, V, w]."""
-        return self._taken(Read("hidden", layer, of))
-
-    @property
-    def cropped(self) -> bool:
-        """Whether pictures come as an overview and crops that the model puts together."""
-        return self._images.cropped
-
-    def crops(self) -> Tensor:
-        """Which crop each vision token comes from, int64 [B, V]; 0 for a picture's overview. Line ends follow a row.
-
-        Raises:
-            UnsupportedError: the model does not say.
-        """
-        return self._images.at(self._places, self.rows, self._images.crops)
-
-    def line_ends(self) -> Tensor:
-        """Which tokens mark the end of a line of crops and come from no picture, bool [B, V]."""
-        return self._images.at(self._places, self.rows, self._images.line_ends)
-
-    def groups(self) -> Tensor:
-        """Sizes of the groups that merged in the tower, at the tokens that stand for them, [B, V, 1]; else zeros."""
-        return self._taken(Read("groups"))
-
-    def unprojected(self) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """The features in front of the projector, [B, V, w], and the projector: [..., w] -> [..., d].
-
-        Where the model does not project token by token, the projected features and nothing.
-        """
-        projector = self._images.projector
-        if projector is None:
-            return self.features.float(), lambda features: features
-        return self._taken(Read("projector")), lambda features: projector(features.to(self.features.dtype)).float()
-
-    def _taken(self, read: Read) -> Tensor:
-        return self._images.at(self._places, self.rows, self._images.taken(read)).float()
-
-    def need_pictures(self, method: str) -> tuple[Grids, ...]:
-        """``pictures``. Raises UnsupportedError, in the name of a method, where they are not known."""
-        if self.pictures is None:
-            raise UnsupportedError(
-                f"{method} needs to know where in its picture a vision token stands, which this prompt does not tell; "
-                "take a method that needs features alone, such as divprune"
-            )
-        return self.pictures
+__all__ = ["Images", "select_before"]
 
 
 class Images:

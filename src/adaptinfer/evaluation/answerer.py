@@ -15,7 +15,7 @@ from adaptinfer.checkpoints import Checkpoint
 from adaptinfer.engine.families import placeholders_of
 from adaptinfer.engine.report import Report
 from adaptinfer.errors import InputError
-from adaptinfer.pruners.base import Pruner
+from adaptinfer.pruners.contracts import Pruner
 from adaptinfer.resize import Resize
 from adaptinfer.schedule import ModelShape, Schedule
 

@@ -11,9 +11,8 @@ from typing import Any, get_args
 from adaptinfer.checkpoints import Checkpoint
 from adaptinfer.errors import AdaptInferError, InputError
 from adaptinfer.evaluation.controls import ORACLES, RESIZED, VIEWS, Evidence
-from adaptinfer.pruners.base import Positions, Pruner, PrunerError
-from adaptinfer.pruners.before import SelectsBefore
-from adaptinfer.pruners.composed import TwoPart
+from adaptinfer.pruners.before import SelectsBefore, TwoPart
+from adaptinfer.pruners.contracts import Positions, Pruner, PrunerError
 from adaptinfer.schedule import Schedule, ScheduleError
 
 VANILLA = "vanilla"

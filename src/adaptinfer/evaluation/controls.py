@@ -12,13 +12,13 @@ import torch
 from PIL import Image, ImageStat
 from torch import Tensor
 
-from adaptinfer.engine.selection import FeatureView
-from adaptinfer.engine.stage import StageView
 from adaptinfer.errors import InputError
 from adaptinfer.evaluation.samples import Cell
 from adaptinfer.functional import counter_uniform, marked_first
-from adaptinfer.pruners.base import Pruner, Selection
-from adaptinfer.pruners.before import Selector, of_score
+from adaptinfer.pruners.before import Selector
+from adaptinfer.pruners.contracts import Pruner, Selection
+from adaptinfer.pruners.selecting import of_score
+from adaptinfer.pruners.views import FeatureView, StageView
 
 RESIZED = "resized"
 """The control that is no change of pictures alone: `adaptinfer.resize.Resize` at each budget."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from adaptinfer.pruners.adaptinfer import AdaptInfer
 from adaptinfer.pruners.adaptinferplus import AdaptInferPlus
-from adaptinfer.pruners.base import Pruner, PrunerError
+from adaptinfer.pruners.before import Composed
 from adaptinfer.pruners.before_controls import RandomBefore, StrideBefore
 from adaptinfer.pruners.cdpruner import CDPruner
-from adaptinfer.pruners.composed import Composed
+from adaptinfer.pruners.contracts import Pruner, PrunerError
 from adaptinfer.pruners.dart import DART
 from adaptinfer.pruners.divprune import DivPrune
 from adaptinfer.pruners.fastervlm import FasterVLM
@@ -19,6 +19,7 @@ from adaptinfer.pruners.pool import Pool
 from adaptinfer.pruners.prumerge import PruMerge, PruMergePlus
 from adaptinfer.pruners.pyramiddrop import PyramidDrop
 from adaptinfer.pruners.random import Random
+from adaptinfer.pruners.registry import METHODS
 from adaptinfer.pruners.sparsevlm import SparseVLM, SparseVLMPlus
 from adaptinfer.pruners.starpro import Coverage, STARPro
 from adaptinfer.pruners.stride import Stride
@@ -99,4 +100,4 @@ _BEFORE = (
 
 _BOTH = (AdaptInferPlus, VScan, STARPro)
 
-METHODS: dict[str, type[Pruner]] = {method.name: method for method in (*_INSIDE, *_BEFORE, *_BOTH)}
+METHODS.update({method.name: method for method in (*_INSIDE, *_BEFORE, *_BOTH)})

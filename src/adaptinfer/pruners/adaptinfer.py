@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from adaptinfer.functional import combine_sums, text_guided_sums
-from adaptinfer.pruners.base import Pruner, PrunerError
+from adaptinfer.pruners.contracts import Pruner, PrunerError
+from adaptinfer.pruners.views import StageView
 from adaptinfer.schedule import preset
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adaptinfer.engine.stage import StageView
-
-__all__ = ["AdaptInfer"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
-from adaptinfer.pruners.base import Pruner
-from adaptinfer.pruners.before import check_setting
+from adaptinfer.pruners.before import TwoPart
 from adaptinfer.pruners.cdpruner import CDPruner
-from adaptinfer.pruners.composed import TwoPart
+from adaptinfer.pruners.contracts import Pruner, check_setting
 from adaptinfer.pruners.textguided import TextGuided
 from adaptinfer.schedule import BEFORE, Budget, Schedule, Stage, solve
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-__all__ = ["AdaptInferPlus"]
 
 _STAGES = Schedule((Stage(1, 192), Stage(10, 96), Stage(20, 48)), 32, 576)
 """Where the stages sit and the proportions of what they keep, as far as that many enter: milder than AdaptInfer's."""

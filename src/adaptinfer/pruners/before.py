@@ -1,63 +1,21 @@
-"""Methods that select vision tokens before the language model: what they are and what they give back.
+"""What methods that select vision tokens before the language model are, alone or with stages inside it.
 
 The engine calls `select_before` with rows of one shape only: the same number of vision tokens, of text tokens and of
-tokens to keep in each (`engine/selection.py` groups a batch so). A method never meets a filler or a mask.
+tokens to keep in each. A method never meets a filler or a mask.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
-import torch
+from torch import Tensor
 
-from adaptinfer.functional import gather_tokens
-from adaptinfer.pruners.base import Pruner, PrunerError, Selection, published_schedules
-from adaptinfer.schedule import BEFORE, Budget, Schedule, Stage
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from adaptinfer.engine.selection import FeatureView
-    from adaptinfer.pruners.composed import Composed
-
-__all__ = [
-    "Read",
-    "Selector",
-    "SelectsBefore",
-    "check_setting",
-    "nearest",
-    "of_order",
-    "of_score",
-    "rank_within",
-    "shared_out",
-    "split",
-    "top",
-    "unit",
-    "with_merged",
-]
-
-
-class Read(NamedTuple):
-    """Something of the vision tower that a method needs, taken while the tower runs.
-
-    Attributes:
-        what: ``attention`` that a token receives (from the class token; averaged over all tokens in towers without
-            one), the same with all heads ``joined`` into one, or ``keys`` of a block; ``hidden`` states behind it; what
-            goes into the ``projector``; the sizes of ``groups`` that merged in the tower, at the tokens that stand for
-            them, zeros elsewhere.
-        layer: the tower's block; from the end if negative. The projector has none.
-        of: depth of the tower that ``layer`` counts in, where a method is defined for one; in another tower the block
-            at the same share of the depth is meant.
-    """
-
-    what: Literal["attention", "joined", "keys", "hidden", "projector", "groups"]
-    layer: int = 0
-    of: int = 0
+from adaptinfer.pruners.contracts import Need, Pruner, PrunerError, Selection, published_schedules
+from adaptinfer.pruners.views import FeatureView, Read, StageView
+from adaptinfer.schedule import BEFORE, Budget, Schedule, ScheduleError, Stage
 
 
 class SelectsBefore(ABC):
@@ -105,108 +63,102 @@ class Selector(SelectsBefore, Pruner):
         return Schedule((Stage(BEFORE, keep),) if keep < vision_tokens else (), num_layers, vision_tokens)
 
     def __rshift__(self, inside: Pruner) -> Composed:
-        from adaptinfer.pruners.composed import Composed
-
         return Composed(before=self, inside=inside)
 
 
-def check_setting(name: str, value: Any, least: float, most: float, whole: bool = False) -> None:
-    """Raise PrunerError unless a setting is a number in [least, most]."""
-    kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
-        kind = "a whole number" if whole else "a number"
-        raise PrunerError(f"{name}: must be {kind} from {least} to {most}, not {value!r}")
+@dataclasses.dataclass(frozen=True)
+class TwoPart(SelectsBefore, Pruner):
+    """A pruner whose stage at layer -1 is one method's and whose stages inside are another's."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[Any, Pruner]:
+        """The method before the language model, a `SelectsBefore`, and the one inside it."""
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        return self.parts[0].reads
+
+    def __rshift__(self, other: Any) -> Any:
+        raise PrunerError(f"{self.name} >> ...: it has both parts already; compose its selection with another method")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return self.parts[1].needs
+
+    @property
+    def varies(self) -> bool:
+        return self.parts[1].varies
+
+    def select_before(self, view: FeatureView) -> Selection:
+        return self.parts[0].select_before(view)
+
+    def score(self, view: StageView) -> Tensor:
+        return self.parts[1].score(view)
+
+    def select(self, view: StageView, keeps: tuple[int, ...]) -> Selection:
+        return self.parts[1].select(view, keeps)
 
 
-def shared_out(keep: int, sizes: Sequence[int]) -> list[int]:
-    """Whole parts of a budget in proportion to sizes, by largest remainder; of equal ones the earlier gets more."""
-    total = sum(sizes)
-    parts = [keep * size // total for size in sizes]
-    order = sorted(range(len(sizes)), key=lambda i: (-(keep * sizes[i] % total), i))
-    for i in order[: keep - sum(parts)]:
-        parts[i] += 1
-    return parts
+@dataclasses.dataclass(frozen=True)
+class Composed(TwoPart):
+    """Two methods, one after the other. Made by ``before >> inside``.
 
+    Each plans its own stages. The tokens that `before` keeps are the prompt of `inside`: shares of an explicit schedule
+    count from there. A *budget* of `inside` is the true average of the whole: tokens given to a decoder layer, or a
+    share of all vision tokens in the prompt.
 
-# -- what selections have in common, on tensors ---------------------------------------------------------------------
-
-
-def unit(features: Tensor) -> Tensor:
-    """Vectors of length 1, float32; a vector of zeros stays one. Any shape, along the last dimension."""
-    return torch.nn.functional.normalize(features.float(), dim=-1)
-
-
-def of_order(picked: Tensor, count: int) -> Selection:
-    """The selection of a method that picks one token after the other.
-
-    Args:
-        picked: int64 [B, k], positions in the order of picking.
-        count: V.
+    Attributes:
+        before: the selection before the language model.
+        inside: the method inside it.
     """
-    order = torch.arange(picked.shape[1], 0, -1, device=picked.device, dtype=torch.float32).expand(picked.shape)
-    score = torch.zeros(picked.shape[0], count, device=picked.device).scatter_(1, picked, order)
-    return Selection(score > 0, score)
 
+    name: ClassVar[str] = "composed"
+    reference: ClassVar[str] = "composition"
 
-def of_score(score: Tensor, keep: int) -> Selection:
-    """The selection of the ``keep`` largest scores, [B, V]; of equal ones the earlier."""
-    return Selection(top(score, keep), score)
+    budget: float | None = dataclasses.field(default=None, init=False, repr=False)
+    schedule: Schedule | None = dataclasses.field(default=None, init=False, repr=False)
+    positions: Any = dataclasses.field(default="keep", init=False, repr=False)
+    before: Selector = dataclasses.field(kw_only=True)
+    inside: Pruner = dataclasses.field(kw_only=True)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.before, Selector):
+            raise PrunerError(f"before: must select before the language model, as DivPrune does, not {self.before!r}")
+        if not isinstance(self.inside, Pruner) or isinstance(self.inside, (Selector, TwoPart)):
+            raise PrunerError(f"inside: must prune inside the language model, as AdaptInfer does, not {self.inside!r}")
+        if self.before.positions != self.inside.positions:
+            raise PrunerError("positions: both methods must treat positions alike")
+        object.__setattr__(self, "positions", self.inside.positions)
 
-def top(score: Tensor, keep: int) -> Tensor:
-    """Marks the ``keep`` largest of each row, bool [B, V]; of equal scores the earlier wins."""
-    order = score.sort(dim=1, descending=True, stable=True).indices[:, :keep]
-    return torch.zeros_like(score, dtype=torch.bool).scatter(1, order, True)
+    @property
+    def parts(self) -> tuple[Selector, Pruner]:
+        return self.before, self.inside
 
+    def plan(self, num_layers: int, vision_tokens: int, scoring: Sequence[int] | None = None) -> Schedule:
+        before = self.before.plan(num_layers, vision_tokens, scoring)
+        entering = before.tokens_per_layer(vision_tokens)[0]
+        stages = self._inside(entering, num_layers, vision_tokens, scoring)
+        return Schedule((*before.stages, *stages), num_layers, vision_tokens)
 
-def split(keep: int, share: float) -> tuple[int, int]:
-    """Whole parts of a budget, the first one ``share`` of it with halves rounded up."""
-    first = int(keep * Fraction(repr(float(share))) + Fraction(1, 2))
-    return first, keep - first
-
-
-def rank_within(group: Tensor, score: Tensor) -> Tensor:
-    """The place of each token in its group, 0 for the largest score; of equal scores the earlier comes first.
-
-    Args:
-        group: int64 [B, V].
-        score: [B, V].
-
-    Returns:
-        int64 [B, V].
-    """
-    best_first = score.sort(dim=1, descending=True, stable=True).indices
-    order = best_first.gather(1, group.gather(1, best_first).sort(dim=1, stable=True).indices)
-    groups, place = group.gather(1, order), torch.arange(group.shape[1], device=group.device).expand_as(group)
-    begins = torch.ones_like(groups, dtype=torch.bool)
-    begins[:, 1:] = groups[:, 1:] != groups[:, :-1]
-    first = torch.where(begins, place, 0).cummax(dim=1).values
-    return torch.zeros_like(group).scatter(1, order, place - first)
-
-
-def nearest(tokens: Tensor, centres: Tensor, kept: Tensor) -> Tensor:
-    """Which centre each token joins, by cosine: bool [B, C, V]; centres themselves and empty vectors join none.
-
-    Args:
-        tokens: [B, V, w]; zeros for tokens that the vision tower did not make (line ends).
-        centres: int64 [B, C], positions of the centres.
-        kept: bool [B, V], tokens that stay what they are, the centres among them.
-    """
-    points = unit(tokens)
-    likeness = gather_tokens(points, centres, dim=1) @ points.transpose(1, 2)  # [B, C, V]
-    joins = torch.zeros_like(likeness, dtype=torch.bool).scatter(1, likeness.argmax(dim=1, keepdim=True), True)
-    return joins & ~(kept | (points == 0).all(dim=2))[:, None, :]
-
-
-def with_merged(view: FeatureView, centres: Tensor, changed: Tensor, merged: Tensor) -> Tensor:
-    """The features of a row with merged ones at the centres, [B, V, d]; centres that nothing joined stay as they were.
-
-    Args:
-        view: the row's.
-        centres: int64 [B, C].
-        changed: bool [B, C], centres that something joined.
-        merged: [B, C, d] behind the projector.
-    """
-    features = view.features.float()
-    new = torch.where(changed[..., None], merged, gather_tokens(features, centres, dim=1))
-    return features.scatter(1, centres[..., None].expand_as(new), new)
+    def _inside(
+        self, entering: int, num_layers: int, vision_tokens: int, scoring: Sequence[int] | None
+    ) -> tuple[Stage, ...]:
+        """The stages inside, with keeps as whole tokens."""
+        inside, budget = self.inside, self.inside.budget
+        if not entering:
+            return ()
+        if budget is not None:
+            within = Budget(budget).within(vision_tokens, entering).amount
+            if within > entering:
+                raise ScheduleError(
+                    f"budget: a true average of {within:.4g} vision tokens cannot be met, for {self.before.name} lets "
+                    f"only {entering} into the language model; let it keep more, or take a smaller budget"
+                )
+            if within == entering:
+                return ()
+            inside = dataclasses.replace(inside, budget=within)
+        schedule = inside.plan(num_layers, entering, scoring)
+        return tuple(
+            Stage(stage.layer, keep) for stage, keep in zip(schedule.stages, schedule.keeps(entering), strict=True)
+        )

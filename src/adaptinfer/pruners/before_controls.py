@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from adaptinfer.functional import counter_uniform, evenly_spaced
-from adaptinfer.pruners.base import Selection
-from adaptinfer.pruners.before import Selector, check_setting, of_score
-
-if TYPE_CHECKING:
-    from adaptinfer.engine.selection import FeatureView
-
-__all__ = ["RandomBefore", "StrideBefore"]
+from adaptinfer.pruners.before import Selector
+from adaptinfer.pruners.contracts import Selection, check_setting
+from adaptinfer.pruners.selecting import of_score
+from adaptinfer.pruners.views import FeatureView
 
 
 @dataclasses.dataclass(frozen=True)

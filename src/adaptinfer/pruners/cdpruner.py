@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from adaptinfer.functional import gather_tokens
-from adaptinfer.pruners.before import Selector, of_order, unit
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adaptinfer.engine.selection import FeatureView
-    from adaptinfer.pruners.base import Selection
-
-__all__ = ["CDPruner", "likely_set", "relevance"]
+from adaptinfer.pruners.before import Selector
+from adaptinfer.pruners.contracts import Selection
+from adaptinfer.pruners.selecting import of_order, unit
+from adaptinfer.pruners.views import FeatureView
 
 
 @dataclasses.dataclass(frozen=True)

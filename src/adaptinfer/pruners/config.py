@@ -7,26 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from adaptinfer.files import write_whole
-from adaptinfer.pruners.base import Pruner, PrunerError
+from adaptinfer.pruners.before import Composed
+from adaptinfer.pruners.contracts import CONFIG_NAME, FORMAT, VERSION, Pruner, PrunerError
+from adaptinfer.pruners.registry import find
 from adaptinfer.schedule import Schedule
-
-__all__ = ["CONFIG_NAME", "from_document", "from_pretrained", "save", "to_document"]
-
-CONFIG_NAME = "adaptinfer_config.json"
-_FORMAT, _VERSION = "adaptinfer.pruner", 1
-
-
-def save(pruner: Pruner, path: str | Path) -> None:
-    """Write a pruner into the folder ``path`` (made if missing)."""
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / CONFIG_NAME, (json.dumps(to_document(pruner), indent=2) + "\n").encode())
-
-
-def to_document(pruner: Pruner) -> dict[str, Any]:
-    """A pruner as the JSON object that `save` writes."""
-    return {"format": _FORMAT, "version": _VERSION, **_plain(pruner)}
 
 
 def from_pretrained(path: str | Path) -> Pruner:
@@ -47,13 +31,13 @@ def from_pretrained(path: str | Path) -> Pruner:
         raise PrunerError(f"{file}: cannot be read ({error})") from None
     except json.JSONDecodeError as error:
         raise PrunerError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise PrunerError(f"{file}: format: not an AdaptInfer pruner (expected {_FORMAT!r})")
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise PrunerError(f"{file}: format: not an AdaptInfer pruner (expected {FORMAT!r})")
     return from_document(content, str(file))
 
 
 def from_document(content: dict[str, Any], where: str) -> Pruner:
-    """A pruner from the JSON object that `to_document` made; format and version may be missing.
+    """A pruner from the JSON object that `Pruner.to_document` made; format and version may be missing.
 
     Args:
         content: the object.
@@ -64,33 +48,22 @@ def from_document(content: dict[str, Any], where: str) -> Pruner:
         ScheduleError: its schedule is malformed.
     """
     settings = dict(content)
-    if settings.pop("format", _FORMAT) != _FORMAT:
-        raise PrunerError(f"{where}: format: not an AdaptInfer pruner (expected {_FORMAT!r})")
-    version = settings.pop("version", _VERSION)
-    if version != _VERSION:
-        raise PrunerError(f"{where}: version: {version!r} is not readable here ({_VERSION} is); upgrade adaptinfer")
+    if settings.pop("format", FORMAT) != FORMAT:
+        raise PrunerError(f"{where}: format: not an AdaptInfer pruner (expected {FORMAT!r})")
+    version = settings.pop("version", VERSION)
+    if version != VERSION:
+        raise PrunerError(f"{where}: version: {version!r} is not readable here ({VERSION} is); upgrade adaptinfer")
     return _read(settings, where)
-
-
-def _plain(value: Any) -> Any:
-    """A setting as JSON takes it; the parts of a composition are written as pruners of their own."""
-    if isinstance(value, Pruner):
-        settings = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
-        return {"method": value.name, **settings}
-    return json.loads(value.to_json()) if isinstance(value, Schedule) else value
 
 
 def _read(content: dict[str, Any], where: str) -> Pruner:
     """A pruner from its name and settings; ``where`` they stand, for messages."""
-    from adaptinfer.pruners import METHODS
-    from adaptinfer.pruners.composed import Composed
-
-    known: dict[str, type[Pruner]] = {**METHODS, Composed.name: Composed}
     settings = dict(content)
     name = settings.pop("method", None)
-    if name not in known:
-        raise PrunerError(f"{where}: method: unknown {name!r}; known are {', '.join(known)}")
-    method = known[name]
+    try:
+        method = Composed if name == Composed.name else find(name)
+    except PrunerError as error:
+        raise PrunerError(f"{where}: {error}") from error
     unknown = set(settings) - {field.name for field in dataclasses.fields(method) if field.init}
     if unknown:
         raise PrunerError(f"{where}: {sorted(unknown)[0]}: no setting of {name}")

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from adaptinfer.functional import gather_tokens, per_sample, top_k_mask
-from adaptinfer.pruners.base import Need, Pruner, PrunerError, Selection, published_schedules
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adaptinfer.engine.stage import StageView
-
-__all__ = ["DART"]
+from adaptinfer.pruners.contracts import Need, Pruner, PrunerError, Selection, published_schedules
+from adaptinfer.pruners.views import StageView
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from adaptinfer.pruners.before import Read, Selector, of_score
-
-if TYPE_CHECKING:
-    from adaptinfer.engine.selection import FeatureView
-    from adaptinfer.pruners.base import Selection
-
-__all__ = ["FasterVLM"]
+from adaptinfer.pruners.before import Selector
+from adaptinfer.pruners.contracts import Selection
+from adaptinfer.pruners.selecting import of_score
+from adaptinfer.pruners.views import FeatureView, Read
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
+from torch import Tensor
 
-from adaptinfer.pruners.base import Pruner, PrunerError, published_schedules
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adaptinfer.engine.stage import StageView
-
-__all__ = ["FastV"]
+from adaptinfer.pruners.contracts import Pruner, PrunerError, published_schedules
+from adaptinfer.pruners.views import StageView
 
 Rows = Literal["last", "all"]
 

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from adaptinfer.functional import attention_rows, gather_tokens, per_sample, top_k_mask
-from adaptinfer.pruners.base import Need, Pruner, PrunerError, Selection, published_schedules
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adaptinfer.engine.stage import StageView
-
-__all__ = ["FEATHER"]
+from adaptinfer.pruners.contracts import Need, Pruner, PrunerError, Selection, published_schedules
+from adaptinfer.pruners.views import StageView
 
 
 @dataclasses.dataclass(frozen=True)

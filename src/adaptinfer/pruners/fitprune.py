@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from adaptinfer.pruners.base import Pruner, published_schedules
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adaptinfer.engine.stage import StageView
-
-__all__ = ["FitPrune"]
+from adaptinfer.pruners.contracts import Pruner, published_schedules
+from adaptinfer.pruners.views import StageView
 
 # Tokens deleted in layers 0, 1, ... of LLaVA-1.5-7B, by the FLOPs that are saved; none in later layers.
 _DELETED = {

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from adaptinfer.pruners.base import Selection
-from adaptinfer.pruners.before import Read, Selector, check_setting, rank_within, shared_out, top
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adaptinfer.engine.selection import FeatureView
-
-__all__ = ["HiRED", "apportioned"]
+from adaptinfer.pruners.before import Selector
+from adaptinfer.pruners.contracts import Selection, check_setting
+from adaptinfer.pruners.selecting import rank_within, shared_out, top
+from adaptinfer.pruners.views import FeatureView, Read
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from adaptinfer.pruners.base import Selection
-from adaptinfer.pruners.before import Selector, shared_out
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adaptinfer.engine.selection import FeatureView, Grids
-
-__all__ = ["Pool", "cells"]
+from adaptinfer.pruners.before import Selector
+from adaptinfer.pruners.contracts import Selection
+from adaptinfer.pruners.selecting import shared_out
+from adaptinfer.pruners.views import FeatureView, Grids
 
 
 @dataclasses.dataclass(frozen=True)

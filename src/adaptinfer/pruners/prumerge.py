@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from adaptinfer.functional import gather_tokens, marked_first
-from adaptinfer.pruners.base import Selection, published_schedules
-from adaptinfer.pruners.before import Read, Selector, check_setting, top, unit, with_merged
+from adaptinfer.pruners.before import Selector
+from adaptinfer.pruners.contracts import Selection, check_setting, published_schedules
+from adaptinfer.pruners.selecting import top, unit, with_merged
+from adaptinfer.pruners.views import FeatureView, Read
 from adaptinfer.schedule import BEFORE
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adaptinfer.engine.selection import FeatureView
-
-__all__ = ["PruMerge", "PruMergePlus", "outliers_and_uniform"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from adaptinfer.pruners.base import Need, Pruner, published_schedules
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adaptinfer.engine.stage import StageView
-
-__all__ = ["PyramidDrop"]
+from adaptinfer.pruners.contracts import Need, Pruner, published_schedules
+from adaptinfer.pruners.views import StageView
 
 
 @dataclasses.dataclass(frozen=True)

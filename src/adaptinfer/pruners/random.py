@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
+
+from torch import Tensor
 
 from adaptinfer.functional import counter_uniform
-from adaptinfer.pruners.base import Pruner, PrunerError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adaptinfer.engine.stage import StageView
-
-__all__ = ["Random"]
+from adaptinfer.pruners.contracts import Pruner, PrunerError
+from adaptinfer.pruners.views import StageView
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,22 +5,16 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from adaptinfer.functional import gather_tokens, per_sample, top_k_mask
-from adaptinfer.pruners.base import Need, Pruner, PrunerError, Selection, published_schedules
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from adaptinfer.engine.stage import PromptView, StageView
-
-__all__ = ["SparseVLM", "SparseVLMPlus", "choose_raters", "density_clusters"]
+from adaptinfer.pruners.contracts import Need, Pruner, PrunerError, Selection, published_schedules
+from adaptinfer.pruners.views import PromptView, StageView
 
 _TOKENS_A_CLUSTER = 10
 _LEAST = 0.01  # of a dot product at distance 0

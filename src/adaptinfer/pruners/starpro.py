@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from adaptinfer.functional import gather_tokens
-from adaptinfer.pruners.base import Pruner, Selection, published_schedules
-from adaptinfer.pruners.before import Selector, of_order
-from adaptinfer.pruners.composed import TwoPart
+from adaptinfer.pruners.before import Selector, TwoPart
+from adaptinfer.pruners.contracts import Pruner, Selection, published_schedules
+from adaptinfer.pruners.selecting import of_order
 from adaptinfer.pruners.sparsevlm import SparseVLM
+from adaptinfer.pruners.views import FeatureView
 from adaptinfer.pruners.vscan import staged
 from adaptinfer.schedule import BEFORE, Schedule
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from adaptinfer.engine.selection import FeatureView
-
-__all__ = ["Coverage", "STARPro", "pivots"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from adaptinfer.functional import evenly_spaced
-from adaptinfer.pruners.base import Pruner, Selection
-
-if TYPE_CHECKING:
-    from adaptinfer.engine.stage import StageView
-
-__all__ = ["Stride"]
+from adaptinfer.pruners.contracts import Pruner, Selection
+from adaptinfer.pruners.views import StageView
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from adaptinfer.functional import evenly_spaced, gather_tokens, per_sample, soft_prior, top_k_mask
-from adaptinfer.pruners.base import Need, Pruner, PrunerError, Selection
-from adaptinfer.pruners.before import check_setting, unit
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from adaptinfer.engine.stage import StageView
-
-__all__ = ["Covers", "TextGuided", "Words", "farthest_added", "holding", "in_turn"]
+from adaptinfer.pruners.contracts import Need, Pruner, PrunerError, Selection, check_setting
+from adaptinfer.pruners.selecting import unit
+from adaptinfer.pruners.views import StageView
 
 Words = Literal["soft", "uniform", "last", "max", "union"]
 Covers = Literal["hidden", "keys", "even"]

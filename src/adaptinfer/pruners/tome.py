@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
+
+from torch import Tensor
 
 from adaptinfer.errors import UnsupportedError
-from adaptinfer.pruners.base import Selection
-from adaptinfer.pruners.before import Read, Selector, of_score, unit
+from adaptinfer.pruners.before import Selector
+from adaptinfer.pruners.contracts import Selection
+from adaptinfer.pruners.selecting import of_score, unit
+from adaptinfer.pruners.views import FeatureView, Read
 from adaptinfer.schedule import Budget
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adaptinfer.engine.selection import FeatureView
-
-__all__ = ["ToMe", "match"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
+
+from torch import Tensor
 
 from adaptinfer.functional import gather_tokens
-from adaptinfer.pruners.base import Need, Pruner, published_schedules
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adaptinfer.engine.stage import StageView
-
-__all__ = ["V2Drop"]
+from adaptinfer.pruners.contracts import Need, Pruner, published_schedules
+from adaptinfer.pruners.views import StageView
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,16 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from adaptinfer.functional import gather_tokens, marked_first
-from adaptinfer.pruners.base import PrunerError, Selection
-from adaptinfer.pruners.before import Read, Selector, check_setting, nearest, split, top, with_merged
-
-if TYPE_CHECKING:
-    from adaptinfer.engine.selection import FeatureView
-
-__all__ = ["VisionZip"]
+from adaptinfer.pruners.before import Selector
+from adaptinfer.pruners.contracts import PrunerError, Selection, check_setting
+from adaptinfer.pruners.selecting import nearest, split, top, with_merged
+from adaptinfer.pruners.views import FeatureView, Read
 
 Merge = Literal["add", "average"]
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from adaptinfer.functional import gather_tokens
-from adaptinfer.pruners.base import Selection
-from adaptinfer.pruners.before import Read, Selector, check_setting, unit
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adaptinfer.engine.selection import FeatureView
-
-__all__ = ["VisPruner", "without_duplicates"]
+from adaptinfer.pruners.before import Selector
+from adaptinfer.pruners.contracts import Selection, check_setting
+from adaptinfer.pruners.selecting import unit
+from adaptinfer.pruners.views import FeatureView, Read
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from adaptinfer.functional import gather_tokens, marked_first
-from adaptinfer.pruners.base import Pruner, Selection, published_schedules
-from adaptinfer.pruners.before import (
-    Read,
-    Selector,
-    check_setting,
-    nearest,
-    rank_within,
-    top,
-    with_merged,
-)
-from adaptinfer.pruners.composed import TwoPart
+from adaptinfer.pruners.before import Selector, TwoPart
+from adaptinfer.pruners.contracts import Pruner, Selection, check_setting, published_schedules
 from adaptinfer.pruners.pyramiddrop import PyramidDrop
+from adaptinfer.pruners.selecting import nearest, rank_within, top, with_merged
+from adaptinfer.pruners.views import FeatureView, Grids, Read
 from adaptinfer.schedule import BEFORE, Budget, Schedule, Stage, solve
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from adaptinfer.engine.selection import FeatureView, Grids
-
-__all__ = ["Scans", "VScan"]
 
 _TOWER = 24  # blocks of the tower that the published layers belong to
 
@@ -160,9 +146,8 @@ def staged(
     within = wanted.within(vision_tokens, first)
     before = (Stage(BEFORE, first),) if first < vision_tokens else ()
     if within.amount >= first:
-        return Schedule(
-            (Stage(BEFORE, wanted.whole_tokens(vision_tokens)),) if before else (), num_layers, vision_tokens
-        )
+        stages = (Stage(BEFORE, wanted.whole_tokens(vision_tokens)),) if before else ()
+        return Schedule(stages, num_layers, vision_tokens)
     possible = [layer for layer in range(num_layers - 1) if scoring is None or layer in scoring]
     layers = sorted({min(possible, key=lambda each: (abs(each - layer), each)) for layer in shape}) if possible else []
     inside = solve(within, num_layers, first, layers, [*shape.values()][: len(layers)])

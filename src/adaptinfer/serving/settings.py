@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from adaptinfer.pruners import Pruner, PrunerError
-from adaptinfer.pruners.config import CONFIG_NAME, from_document, from_pretrained, to_document
+from adaptinfer.pruners.config import from_document, from_pretrained
+from adaptinfer.pruners.contracts import CONFIG_NAME
 from adaptinfer.schedule import Budget, Schedule, ScheduleError, preset
 
 __all__ = ["check_share", "named", "pruner_from", "to_json"]
@@ -91,4 +92,4 @@ def _pruner(value: str | dict[str, Any], source: str) -> Pruner:
 
 def to_json(pruner: Pruner) -> str:
     """A pruner as one line that `pruner_from` reads back, here or in another process."""
-    return json.dumps(to_document(pruner), separators=(",", ":"))
+    return json.dumps(pruner.to_document(), separators=(",", ":"))

@@ -14,8 +14,8 @@ import torch
 from adaptinfer.engine.vision.tower import RECORDING
 from adaptinfer.errors import UnsupportedError
 from adaptinfer.functional import gather_tokens, marked_first
-from adaptinfer.pruners.before import Read
 from adaptinfer.pruners.tome import match
+from adaptinfer.pruners.views import Read
 
 if TYPE_CHECKING:
     from collections.abc import Callable

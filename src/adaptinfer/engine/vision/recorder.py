@@ -15,7 +15,7 @@ import torch
 
 from adaptinfer.engine.vision.merging import TowerMerging
 from adaptinfer.engine.vision.tower import RECORDING, Encoded, Tower
-from adaptinfer.pruners.before import Read
+from adaptinfer.pruners.views import Read
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -19,7 +19,7 @@ from torch import nn
 from adaptinfer.engine.families import own_attention
 from adaptinfer.errors import UnsupportedError
 from adaptinfer.functional import attention_rows
-from adaptinfer.pruners.before import Read
+from adaptinfer.pruners.views import Read
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

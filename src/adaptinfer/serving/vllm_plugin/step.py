@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adaptinfer.engine.stage import StageView
 from adaptinfer.functional import positions_of
+from adaptinfer.pruners.views import StageView
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
+import pkgutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
+from torch import Tensor
+from typing_extensions import Self
 
 from adaptinfer.errors import AdaptInferError
+from adaptinfer.files import write_whole
 from adaptinfer.functional import per_sample, top_k_mask
+from adaptinfer.pruners.views import StageView
 from adaptinfer.schedule import Budget, Schedule, ScheduleError, Stage, solve
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    from torch import Tensor
-    from typing_extensions import Self
-
-    from adaptinfer.engine.attach import Handle
-    from adaptinfer.engine.stage import StageView
-
-__all__ = ["Need", "Positions", "Pruner", "PrunerError", "Selection", "published_schedules"]
 
 Positions = Literal["keep", "compact"]
 Need = Literal["embeddings", "output", "next", "rotary", "norm"]
 
+CONFIG_NAME = "adaptinfer_config.json"
+FORMAT, VERSION = "adaptinfer.pruner", 1
 
 _USUAL_TOKENS = 576  # LLaVA-1.5's, which published shares are about
 
@@ -185,17 +182,48 @@ class Pruner:
             raise PrunerError(f"nominal: {cls.name} has no published schedule {name!r}; there are: {there}")
         return cls(schedule=cls.published[name], positions=cls.published_positions)
 
-    def __call__(self, model: Any) -> Handle:
-        """Attach to a model for the length of a ``with`` block: ``with pruner(model) as handle: ...``."""
-        from adaptinfer.engine.attach import attach
+    def __call__(self, model: Any) -> Any:
+        """Attach to a model for the length of a ``with`` block: ``with pruner(model) as handle: ...``.
 
-        return attach(model, self)
+        Returns:
+            The `Handle` that `adaptinfer.attach` gives. The engine is built on this module, so it is found by name.
+        """
+        return pkgutil.resolve_name("adaptinfer.engine.attach:attach")(model, self)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write ``adaptinfer_config.json`` into a folder; `adaptinfer.from_pretrained` reads it back."""
-        from adaptinfer.pruners.config import save
+        """Write ``adaptinfer_config.json`` into a folder, made if missing; `adaptinfer.from_pretrained` reads it."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / CONFIG_NAME, (json.dumps(self.to_document(), indent=2) + "\n").encode())
 
-        save(self, path)
+    def to_document(self) -> dict[str, Any]:
+        """The pruner as the JSON object that `save_pretrained` writes."""
+        return {"format": FORMAT, "version": VERSION, **_settings(self)}
+
+
+def _settings(pruner: Pruner) -> dict[str, Any]:
+    """Name and settings as JSON takes them; the parts of a composition are pruners themselves."""
+    method = type(pruner)
+    ours = method.__module__.startswith("adaptinfer.pruners.")
+    if not ours and "<locals>" in method.__qualname__:
+        raise PrunerError(f"{method.__qualname__}: a class inside a function cannot be found again; define it outside")
+    settings: dict[str, Any] = {"method": method.name if ours else f"{method.__module__}:{method.__qualname__}"}
+    for field in filter(lambda field: field.init, dataclasses.fields(pruner)):
+        value = getattr(pruner, field.name)
+        if isinstance(value, Pruner):
+            value = _settings(value)
+        elif isinstance(value, Schedule):
+            value = json.loads(value.to_json())
+        settings[field.name] = value
+    return settings
+
+
+def check_setting(name: str, value: Any, least: float, most: float, whole: bool = False) -> None:
+    """Raise PrunerError unless a setting is a number in [least, most]."""
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+        kind = "a whole number" if whole else "a number"
+        raise PrunerError(f"{name}: must be {kind} from {least} to {most}, not {value!r}")
 
 
 def published_schedules(

@@ -1,25 +1,35 @@
-"""What a pruner sees of the layer in which it scores: queries, keys, hidden states and who is who among the tokens."""
+"""What a pruner sees: of the layer in which it scores, of the prompt, and of the features before the language model."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 from adaptinfer.errors import UnsupportedError
 from adaptinfer.functional import attention_rows, gather_tokens
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from adaptinfer.engine.rotary import Rotation
-
-__all__ = ["PromptView", "StageView"]
+from adaptinfer.schedule import BEFORE
 
 _LARGEST = 2**24  # float32 entries of the attention that is held at once, 64 MiB; always at least one key/value head's
+
+Grids = tuple[tuple[int, int], ...]
+"""Grids that a picture's vision tokens fill one after the other, rows x columns."""
+
+
+class Rotation(Protocol):
+    """Rotary embedding R of a layer's tokens, float32: puts it on, and takes it off again."""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """R x of x [B, H, N, D]."""
+        ...
+
+    def undo(self, tensor: Tensor) -> Tensor:
+        """x of R x."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -203,3 +213,131 @@ class StageView:
     def _of_this_call(self, query: Tensor, key: Tensor) -> StageView:
         past, visible = self.past, self.visible
         return dataclasses.replace(self, query=query, key=key, visible=lambda rows: visible(rows)[..., past:])
+
+
+class Read(NamedTuple):
+    """Something of the vision tower that a method needs, taken while the tower runs.
+
+    Attributes:
+        what: ``attention`` that a token receives (from the class token; averaged over all tokens in towers without
+            one), the same with all heads ``joined`` into one, or ``keys`` of a block; ``hidden`` states behind it; what
+            goes into the ``projector``; the sizes of ``groups`` that merged in the tower, at the tokens that stand for
+            them, zeros elsewhere.
+        layer: the tower's block; from the end if negative. The projector has none.
+        of: depth of the tower that ``layer`` counts in, where a method is defined for one; in another tower the block
+            at the same share of the depth is meant.
+    """
+
+    what: Literal["attention", "joined", "keys", "hidden", "projector", "groups"]
+    layer: int = 0
+    of: int = 0
+
+
+class Images(Protocol):
+    """What a `FeatureView` asks of the engine about a call's images; ``encoded`` is one encoding, F features."""
+
+    projector: Any
+
+    @property
+    def cropped(self) -> bool: ...
+
+    def at(self, positions: Tensor, rows: Tensor | None, values: Callable[[Any], Tensor]) -> Tensor:
+        """Values [F, ...] of the features at some placeholders, [R, V, ...]."""
+        ...
+
+    def taken(self, read: Read) -> Callable[[Any], Tensor]: ...
+
+    def line_ends(self, encoded: Any) -> Tensor: ...
+
+    def crops(self, encoded: Any) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class FeatureView:
+    """Vision tokens of some rows of a prompt before layer 0, all rows alike: B rows, V vision tokens, T text tokens.
+
+    Attributes:
+        features: [B, V, d], the projected features as they stand in the input of layer 0.
+        text: [B, T, d], embeddings of the text behind the last image.
+        keep: how many vision tokens of each row stay, 0 < keep < V.
+        pictures: for each picture of a row the grids that its vision tokens fill one after the other, rows x columns:
+            one, as a rule; one a frame of a video; two for an any-resolution picture, its overview and its crops put
+            together (a column of line ends counts). None where the model does not say.
+        rows: int64 [B], which rows of the call's batch these are; None for all.
+    """
+
+    features: Tensor
+    text: Tensor
+    keep: int
+    pictures: tuple[Grids, ...] | None
+    rows: Tensor | None
+    _images: Images
+    _places: Tensor
+    layer: int = BEFORE
+
+    @property
+    def count(self) -> int:
+        """V."""
+        return self.features.shape[1]
+
+    def attention(self, layer: int, of: int = 0) -> Tensor:
+        """Attention that each vision token receives in a block of the tower, head by head, float32 [B, H, V].
+
+        The class token's; the mean over all tokens in towers without one. Line ends receive none.
+        """
+        return self._taken(Read("attention", layer, of)).transpose(1, 2)
+
+    def joined_attention(self, layer: int) -> Tensor:
+        """The same of one head that all heads are joined into, float32 [B, V]: logits are the mean times √H."""
+        return self._taken(Read("joined", layer))[..., 0]
+
+    def keys(self, layer: int, of: int = 0) -> Tensor:
+        """Keys of a block of the tower, [B, V, K, D]."""
+        return self._taken(Read("keys", layer, of))
+
+    def hidden(self, layer: int, of: int = 0) -> Tensor:
+        """Hidden states behind a block of the tower, [B, V, w]."""
+        return self._taken(Read("hidden", layer, of))
+
+    @property
+    def cropped(self) -> bool:
+        """Whether pictures come as an overview and crops that the model puts together."""
+        return self._images.cropped
+
+    def crops(self) -> Tensor:
+        """Which crop each vision token comes from, int64 [B, V]; 0 for a picture's overview. Line ends follow a row.
+
+        Raises:
+            UnsupportedError: the model does not say.
+        """
+        return self._images.at(self._places, self.rows, self._images.crops)
+
+    def line_ends(self) -> Tensor:
+        """Which tokens mark the end of a line of crops and come from no picture, bool [B, V]."""
+        return self._images.at(self._places, self.rows, self._images.line_ends)
+
+    def groups(self) -> Tensor:
+        """Sizes of the groups that merged in the tower, at the tokens that stand for them, [B, V, 1]; else zeros."""
+        return self._taken(Read("groups"))
+
+    def unprojected(self) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The features in front of the projector, [B, V, w], and the projector: [..., w] -> [..., d].
+
+        Where the model does not project token by token, the projected features and nothing.
+        """
+        projector = self._images.projector
+        if projector is None:
+            return self.features.float(), lambda features: features
+        return self._taken(Read("projector")), lambda features: projector(features.to(self.features.dtype)).float()
+
+    def _taken(self, read: Read) -> Tensor:
+        return self._images.at(self._places, self.rows, self._images.taken(read)).float()
+
+    def need_pictures(self, method: str) -> tuple[Grids, ...]:
+        """``pictures``. Raises UnsupportedError, in the name of a method, where they are not known."""
+        if self.pictures is None:
+            raise UnsupportedError(
+                f"{method} needs to know where in its picture a vision token stands, which this prompt does not tell; "
+                "take a method that needs features alone, such as divprune"
+            )
+        return self.pictures
