@@ -3,7 +3,8 @@
 The first line of ``answers.jsonl`` is a header with the run's configuration; a folder with another configuration is
 refused. A block is all answers of one batch under one condition and seed; each of its lines says how many are ``left``,
 and what a kill left of an unfinished block is cut off when the file is opened again. Several processes write a file
-each, and `Journal.merge` makes them one, in an order that depends on nothing but the configuration.
+each, and `Journal.merge` makes them one, in an order that depends on nothing but the configuration. No database: the
+file is what users read, and its bytes are the same however a run was shared out or interrupted.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Journal:
 
     def done(self) -> set[Block]:
         """Blocks that are on disk, whoever wrote them."""
-        return {_block(record) for record in self.records()}
+        return {_place(block) for path in self._files() for block in _entries(path)[1]}
 
     def append(self, block: Sequence[Record]) -> None:
         """Add a whole block and wait until it is on disk.
@@ -107,7 +108,8 @@ class Journal:
     def records(self) -> Iterator[Record]:
         """All answers, file by file."""
         for path in self._files():
-            yield from _entries(path)[1]
+            for block in _entries(path)[1]:
+                yield from block
 
     def merge(self, tasks: Sequence[str], conditions: Sequence[str]) -> None:
         """Make all files one ``answers.jsonl``, in the order of tasks, batches, conditions, seeds.
@@ -117,12 +119,8 @@ class Journal:
         """
         blocks: dict[Block, list[Record]] = {}
         for path in self._files():
-            open_block: list[Record] = []
-            for record in _entries(path)[1]:
-                open_block.append(record)
-                if record["left"] == 0:
-                    blocks.setdefault(_block(record), open_block)
-                    open_block = []
+            for block in _entries(path)[1]:
+                blocks.setdefault(_place(block), block)
 
         def order(block: Block) -> tuple[int, int, int, int]:
             return tasks.index(block[0]), block[1], conditions.index(block[2]), block[3]
@@ -176,14 +174,16 @@ def _sync(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-def _block(record: Record) -> Block:
-    return record["task"], record["batch"], record["condition"], record["seed"]
+def _place(block: Sequence[Record]) -> Block:
+    first = block[0]
+    return first["task"], first["batch"], first["condition"], first["seed"]
 
 
-def _entries(path: Path) -> tuple[int, list[Record], dict[str, Any] | None]:
-    """Where the last whole block ends, the records up to there, and the header if there is one."""
-    records: list[Record] = []
-    header, end, position, open_block = None, 0, 0, 0
+def _entries(path: Path) -> tuple[int, list[list[Record]], dict[str, Any] | None]:
+    """Where the last whole block ends, the blocks up to there, and the header if there is one."""
+    blocks: list[list[Record]] = []
+    block: list[Record] = []
+    header, end, position = None, 0, 0
     with path.open("rb") as file:
         for number, line in enumerate(file):
             position += len(line)
@@ -198,7 +198,9 @@ def _entries(path: Path) -> tuple[int, list[Record], dict[str, Any] | None]:
                     break
                 header, end = entry, position
                 continue
-            records.append(entry)
+            block.append(entry)
             if entry["left"] == 0:
-                end, open_block = position, len(records)
-    return end, records[:open_block], header
+                end = position
+                blocks.append(block)
+                block = []
+    return end, blocks, header
