@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import transformers
 
-from adaptinfer import __version__
 from adaptinfer.checkpoints import EMBEDDED, Checkpoint, DType
 from adaptinfer.embedded import path as embedded_path
 from adaptinfer.errors import InputError
@@ -22,6 +21,7 @@ from adaptinfer.evaluation.conditions import Condition
 from adaptinfer.evaluation.journal import Block
 from adaptinfer.evaluation.samples import Task, TaskSample
 from adaptinfer.evaluation.tasks import load_task
+from adaptinfer.version import __version__
 
 _WHOLE_FILE = 64 * 2**20  # bytes; of larger weight files only name and size are looked at
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from adaptinfer import charts
+from adaptinfer.charts import INK, QUIET
 from adaptinfer.evaluation.conditions import VANILLA, stage_of
 from adaptinfer.evaluation.controls import ORACLES
 from adaptinfer.pruners import METHODS
@@ -23,7 +24,7 @@ from adaptinfer.pruners import METHODS
 OURS = ("adaptinfer+", "adaptinfer")
 """Series that every plot and report brings out, if the run has them."""
 
-_INK, _QUIET, _REST, _GRID = "#1d2733", "#6b7785", "#b4bcc4", "#e9edf0"
+_REST = "#b4bcc4"
 _OWN_COLOURS = ("#0b5fa5", "#3aa0d8")
 _ORACLE_COLOUR = "#2f8a4e"
 _BEST_COLOURS = ("#c8553d", "#8c5ba6", "#c08a1e")
@@ -58,35 +59,29 @@ def draw(task: dict[str, Any], latency: dict[str, Any] | None) -> bytes:
     shown = [line for line in lines if line.colour]
     tokens: Cost = lambda row: 100 * row["true_average_share"]  # noqa: E731
     panels = [
-        (_PANELS[kind], "vision tokens given to a layer, % of vanilla's (log)", tokens, _members(lines, kind))
-        for kind in kinds
+        (_PANELS[kind], "vision tokens per layer, % of vanilla's", tokens, _members(lines, kind)) for kind in kinds
     ]
-    panels.append(
-        ("by FLOPs", "FLOPs of the decoder's prefill, % of vanilla's", lambda row: 100 * row["flops_share"], shown)
-    )
+    flops: Cost = lambda row: 100 * row["flops_share"]  # noqa: E731
+    panels.append(("by FLOPs", "FLOPs of the prefill, % of vanilla's", flops, shown))
     if times:
-        label = "median time to first token, ms, one prompt"
-        panels.append(("by latency", label, lambda row: _median_ttft(times, row["name"]), shown))
+        ttft: Cost = lambda row: _median_ttft(times, row["name"])  # noqa: E731
+        panels.append(("by latency", "median time to first token, ms", ttft, shown))
     rows = math.ceil(len(panels) / 2)
-    figure = Figure(figsize=(8.5, 0.8 + 3.1 * rows), layout="constrained", facecolor="white")
-    axes = figure.subplots(rows, 2, squeeze=False).flatten()
-    whole = next(row for row in task["conditions"] if row["name"] == VANILLA)["accuracy"]
-    for axis, (title, label, cost, members) in zip(axes, panels, strict=False):
-        axis.set_ylim(*_range(lines if cost is tokens else members, whole))
-        _panel(axis, members, cost, whole, logarithmic=cost is tokens)
-        axis.set_title(title, loc="left", fontsize=10, color=_INK, fontweight="bold")
-        axis.set_xlabel(label, fontsize=8.5, color=_QUIET)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    for axis in axes[::2]:
-        axis.set_ylabel("accuracy, %", fontsize=9, color=_INK)
-    figure.suptitle(
+    title = (
         f"{task['name']}: {task['answers']} answers about {task['groups']} groups of pictures. Bars and band: 95 % "
         f"intervals.\nIn colour: ours ({lines[0].name if lines else VANILLA} in every panel), the best three others, "
-        "controls that know the evidence.",
-        color=_INK,
-        fontsize=9.5,
+        "controls that know the evidence."
     )
+    figure = charts.new_figure(8.5, 0.8 + 3.1 * rows, "")
+    figure.suptitle(title, color=INK, fontsize=9.5)
+    axes = figure.subplots(rows, 2, squeeze=False).flatten()
+    whole = next(row for row in task["conditions"] if row["name"] == VANILLA)["accuracy"]
+    for number, (axis, (title, label, cost, members)) in enumerate(zip(axes, panels, strict=False)):
+        axis.set_ylim(*_range(lines if cost is tokens else members, whole))
+        _panel(axis, members, cost, whole, logarithmic=cost is tokens)
+        charts.label(axis, title, label, "" if number % 2 else "accuracy, %")
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
     target = io.BytesIO()
     figure.savefig(target, format="png", dpi=200, facecolor="white")
     return target.getvalue()
@@ -140,8 +135,8 @@ def _members(lines: Sequence[_Line], panel: str) -> list[_Line]:
 
 def _panel(axes: Axes, lines: Sequence[_Line], cost: Cost, whole: dict[str, float], logarithmic: bool) -> None:
     if None not in (whole["low"], whole["high"]):
-        axes.axhspan(100 * whole["low"], 100 * whole["high"], color=_QUIET, alpha=0.12, linewidth=0)
-    axes.axhline(100 * whole["value"], color=_QUIET, linestyle=":", linewidth=1.2)
+        axes.axhspan(100 * whole["low"], 100 * whole["high"], color=QUIET, alpha=0.12, linewidth=0)
+    axes.axhline(100 * whole["value"], color=QUIET, linestyle=":", linewidth=1.2)
     coloured = [line for line in lines if line.colour]
     ends = []
     for line in sorted(lines, key=lambda line: line.colour is not None):
@@ -175,13 +170,6 @@ def _panel(axes: Axes, lines: Sequence[_Line], cost: Cost, whole: dict[str, floa
         axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
     axes.invert_xaxis()
     _labels(axes, [(100 * whole["value"], None, None), *ends])
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_QUIET, labelsize=8.5)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(_QUIET)
 
 
 def _labels(axes: Axes, ends: Sequence[tuple[float, float | None, _Line | None]]) -> None:
@@ -192,7 +180,7 @@ def _labels(axes: Axes, ends: Sequence[tuple[float, float | None, _Line | None]]
     places = _spread([value for value, _, _ in ranked], step, low + step / 2, high - step / 2)
     right = axes.get_yaxis_transform()
     for (value, x, line), place in zip(ranked, places, strict=True):
-        colour = _QUIET if line is None else line.colour or _QUIET
+        colour = QUIET if line is None else line.colour or QUIET
         bold = "bold" if line is not None and line.colour else "normal"
         name = VANILLA if line is None else line.name
         axes.text(1.05, place, name, transform=right, fontsize=8, color=colour, va="center", fontweight=bold)
