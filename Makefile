@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-full test-vllm lint bench clean
+.PHONY: demo test test-full test-vllm mutants lint bench clean
 
 demo: $(READY)
 	@mkdir -p build
@@ -23,6 +23,10 @@ test: $(READY)
 # The whole matrix of families, caches, backends and ways to decode; some 20 minutes on two cores.
 test-full: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+# Every known bug is planted once, and its tests must go red.
+mutants: $(READY)
+	$(BIN)/python tests/mutants.py -j 2
 
 # vLLM pins other versions of transformers than we use, so it has an environment of its own. PyPI's torchvision is built
 # for CUDA and does not import beside the CPU build of torch; neither vLLM nor a LLaVA needs it. It goes into a folder
