@@ -464,7 +464,7 @@ MUTANTS = [
     ),
     Mutant(
         "a static cache is given as much room as without pruning",
-        "_PrunedStatic.hold",
+        "PrunedStaticBase.hold",
         "self.capacity = self.total - history.dropped",
         "self.capacity = self.total",
         "tests/test_decoding.py",
@@ -898,7 +898,7 @@ MUTANTS = [
     ),
     Mutant(
         "eval: what a kill left is not cut off",
-        "Journal._mend",
+        "Journal._cut_back",
         "if end < path.stat().st_size:",
         "if end > path.stat().st_size:",
         "tests/test_evaluation.py",
@@ -940,7 +940,7 @@ MUTANTS = [
     ),
     Mutant(
         "eval: a report of a run with holes",
-        "Ranks.finish",
+        "Processes.finish",
         "if missing:",
         "if False:",
         "tests/test_evaluation_run.py::test_no_report_of_a_run_with_missing_answers",
@@ -1018,8 +1018,8 @@ MUTANTS = [
     Mutant(
         "before the model: a composition's budget is that of what enters",
         "Composed._inside",
-        "within = budget_within(budget, vision_tokens, entering)",
-        "within = budget * entering if budget < 1 else budget",
+        "Budget(budget).within(vision_tokens, entering).amount",
+        "budget * entering if budget < 1 else budget",
         "tests/test_engine_before.py::test_a_composition_by_hand",
     ),
     Mutant(
