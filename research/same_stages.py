@@ -3,7 +3,7 @@
     python research/same_stages.py
 
 A method's published stages, stretched to a small budget, decide much of its accuracy. Here all methods inside the model
-keep equally many tokens after the same layers, in two ways: one cut after layer 0, and AdaptInfer+'s stages behind its
+keep equally many tokens after the same layers, in two ways: one cut after layer 0, and AdaptInfer+'s stages after its
 selection before the model. Only the score differs. Answers are in OUTPUT/answers.jsonl; a stopped run goes on.
 """
 
@@ -30,7 +30,7 @@ from adaptinfer.evaluation.summary import finite, summarise
 from adaptinfer.pruners.before import SelectsBefore
 from adaptinfer.schedule import BEFORE
 
-WAYS = ONE_CUT, BEHIND = "one cut", "behind CDPruner"
+WAYS = ONE_CUT, AFTER = "one cut", "after CDPruner"
 _SEEDS = 3
 
 

@@ -460,7 +460,7 @@ def test_a_cache_is_copied_repeated_selected_and_reordered(name, kind):
 
 
 @pytest.mark.parametrize(("name", "kind"), HANDLED)
-def test_a_cache_is_cropped_behind_the_images_only(name, kind):
+def test_a_cache_is_cropped_after_the_images_only(name, kind):
     model, inputs = model_of(name), inputs_of(name, "padded")
     oracle, _ = oracle_of(name, "padded")
     other = grown(inputs, torch.tensor([[13, 14, 15, 16], [17, 18, 19, 20]]))

@@ -222,7 +222,7 @@ def test_test_scenes_are_not_searched_on(monkeypatch, capsys):
 @pytest.mark.parametrize("way", same_stages.WAYS)
 def test_all_scores_have_the_same_stages(budget, way):
     with pytest.raises(ScheduleError, match="0.9: so many vision tokens that nothing is selected before"):
-        same_stages.arranged(AdaptInfer(budget=1), same_stages.BEHIND, 0.9, 12, 256)
+        same_stages.arranged(AdaptInfer(budget=1), same_stages.AFTER, 0.9, 12, 256)
     plans = {name: same_stages.arranged(score, way, budget, 12, 256) for name, score in same_stages.scores().items()}
     assert len({pruner.plan(12, 256).stages for pruner in plans.values()}) == 1
     assert plans["fastv"].plan(12, 256).true_average(256) == pytest.approx(budget * 256, rel=0.03)
@@ -248,6 +248,6 @@ def test_scores_at_the_same_stages(monkeypatch, tmp_path, capsys):
     same_stages.main()
     assert capsys.readouterr().out == first and (tmp_path / "run" / "answers.jsonl").read_bytes() == answers
     rows = {row["name"] for row in json.loads((tmp_path / "r.json").read_text())["entry"]["conditions"]}
-    behind = {f"{name} {budget} behind CDPruner" for name in few for budget in (0.22, 0.06)}
-    assert rows == {"vanilla", *behind, *(f"{name} 0.22 one cut" for name in few)}
+    after = {f"{name} {budget} after CDPruner" for name in few for budget in (0.22, 0.06)}
+    assert rows == {"vanilla", *after, *(f"{name} 0.22 one cut" for name in few)}
     assert all(name in first for name in few)
