@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-full test-vllm mutants lint bench clean
+.PHONY: demo test test-full test-vllm mutants lint docs bench clean
 
 demo: $(READY)
 	@mkdir -p build
@@ -51,6 +51,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --warnings
+
+# The documentation site, in build/site. A broken link or a docstring that does not parse is an error. Works offline.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(READY)
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "Built build/site/index.html"
 
 bench: $(READY)
 	$(BIN)/adaptinfer bench --shape llava-1b

@@ -111,7 +111,8 @@ class Compiled:
         Args:
             run: its own forward.
             state: of the call.
-            args, kwargs: the call's.
+            args: the call's positional arguments.
+            kwargs: its named arguments.
         """
         arguments = arguments_of(run, args, kwargs)
         if state.layout is not None:
