@@ -2,8 +2,8 @@
 
     python examples/vllm_ray.py [--model NAME] [--replicas 2] [--budget 0.33] [--once scene.png QUESTION]
 
-Run it in vLLM's environment (docs/guides/vllm.md) with ``pip install "ray[serve]"``. With ``--once`` it asks one question
-over HTTP and leaves; otherwise it serves until interrupted. The body of a request is
+Run it in vLLM's environment (docs/guides/vllm.md) with ``pip install "ray[serve]"``. With ``--once`` it asks one
+question over HTTP and leaves; otherwise it serves until interrupted. The body of a request is
 ``{"question": "What colour is the star?", "image": "... a file in base64 ..."}``.
 """
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 import pytest
 import typer
-from sybil import Document, Example, Region
+from sybil import Document, Example
 from sybil.parsers.markdown.codeblock import CodeBlockParser
 from typer.testing import CliRunner
 

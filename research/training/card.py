@@ -1,6 +1,7 @@
 """The model card, and the table of docs/results/embedded-model.md.
 
-Every figure comes from the JSON files of `measure.py` and a training run's logs. Where a file is missing nothing is written.
+Every figure comes from the JSON files of `measure.py` and a training run's logs. Where a file is missing, nothing is
+written.
 """
 
 from __future__ import annotations
