@@ -399,7 +399,7 @@ def test_a_full_disk_does_not_cost_the_figures():
 
 
 def test_a_published_claim_stands_by_itself(tmp_path, capsys, run):
-    from adaptinfer.bench.tables import print_results
+    from adaptinfer.cli.bench_tables import print_results
 
     document = {**run[1], "published": published_figures([Variant("x", None, True, "llava-1.5-7b/64")])}
     print_results(document)

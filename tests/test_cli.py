@@ -554,7 +554,7 @@ def test_ratio_is_of_neighbouring_repeats():
 
 def test_in_a_process_of_its_own(photo, checkpoint, tmp_path):
     def call(*arguments: str):
-        command = [sys.executable, "-m", "adaptinfer.cli.app", "ask", *arguments, "--model", checkpoint]
+        command = [sys.executable, "-m", "adaptinfer", "ask", *arguments, "--model", checkpoint]
         environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
         return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
 

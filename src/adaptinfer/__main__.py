@@ -1,6 +1,6 @@
 """``python -m adaptinfer`` is the command ``adaptinfer``."""
 
-from adaptinfer.cli.app import main
+from adaptinfer.cli import main
 
 if __name__ == "__main__":
     main()

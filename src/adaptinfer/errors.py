@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["AdaptInferError", "InputError", "UnsupportedError", "check_whole"]
-
 
 class AdaptInferError(Exception):
     """Base of everything AdaptInfer refuses."""
@@ -19,7 +17,11 @@ class InputError(AdaptInferError, ValueError):
     """A picture, a question or a checkpoint that cannot be used; the message says which and why."""
 
 
+class MissingExtraError(AdaptInferError, ImportError):
+    """A package of an optional extra is not installed; the message has the pip command."""
+
+
 def check_whole(name: str, value: Any, least: int = 1) -> None:
-    """Raise InputError unless an argument is a whole number of at least ``least``; True is none."""
+    """Raise InputError unless an argument is a whole number of at least ``least``; a bool is rejected."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{name}: must be a whole number from {least} on, not {value!r}")

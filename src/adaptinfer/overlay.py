@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptinfer.errors import AdaptInferError
-from adaptinfer.files import write_whole
+from adaptinfer.errors import InputError
+from adaptinfer.files import check_output, write_output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,19 +26,6 @@ if TYPE_CHECKING:
 
     from adaptinfer.engine.report import Report
 
-__all__ = [
-    "SUFFIXES",
-    "Grid",
-    "OverlayError",
-    "check_path",
-    "draw_overlay",
-    "merged_grid",
-    "picture_grids",
-    "place_tokens",
-    "seen_region",
-    "square_grid",
-]
-
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 """What an overlay can be saved as."""
 
@@ -47,7 +33,7 @@ Region = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels of the original picture; may reach beyond it where the model saw padding."""
 
 
-class OverlayError(AdaptInferError, ValueError):
+class OverlayError(InputError):
     """An overlay that cannot be written, or tokens that cannot be laid on a picture."""
 
 
@@ -199,17 +185,7 @@ def check_path(path: Path) -> None:
     Raises:
         OverlayError: an ending that is not one of `SUFFIXES`, no such folder, or no permission.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise OverlayError(f"overlay {str(path)!r}: must end in one of {', '.join(SUFFIXES)}")
-    try:
-        if path.is_dir():
-            raise OverlayError(f"overlay {str(path)!r}: is a folder")
-        if not path.parent.is_dir():
-            raise OverlayError(f"overlay {str(path)!r}: there is no folder {str(path.parent)!r}")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise OverlayError(f"overlay {str(path)!r}: no permission to write there")
-    except OSError as error:  # a name that is too long
-        raise OverlayError(f"overlay {str(path)!r}: cannot be written ({error.strerror})") from None
+    check_output("overlay", path, SUFFIXES, OverlayError)
 
 
 def draw_overlay(
@@ -245,10 +221,7 @@ def draw_overlay(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a sign that the font lacks is drawn as a box
         figure.savefig(target, format=path.suffix[1:].lower(), facecolor=_PAPER)
-    try:
-        write_whole(path, target.getvalue())
-    except OSError as error:
-        raise OverlayError(f"overlay {str(path)!r}: cannot be written ({error.strerror})") from None
+    write_output("overlay", path, target.getvalue(), OverlayError)
 
 
 Panel = dict[tuple[int, int], float]

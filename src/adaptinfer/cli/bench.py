@@ -1,36 +1,29 @@
-"""The sub-command ``adaptinfer bench``: options, refusals before any work, and what is written where."""
+"""The command ``adaptinfer bench``: options, refusals before any work, and what is written where."""
 
 from __future__ import annotations
 
 import json
-import os
-import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from adaptinfer.cli.options import RecordedCommand, recorded_arguments
+from adaptinfer.cli import terminal
+from adaptinfer.cli.bench_tables import print_results
+from adaptinfer.cli.options import Device, DType, Methods, Presets, recorded_command
 from adaptinfer.errors import InputError
-from adaptinfer.files import write_whole
+from adaptinfer.files import check_output, write_output
 from adaptinfer.schedule import Schedule
 
-__all__ = ["register"]
 
-
-def register(app: typer.Typer, epilog: str) -> None:
-    """Add the sub-command to the application."""
-    app.command("bench", cls=RecordedCommand, epilog=epilog)(_bench)
-
-
-def _bench(
+def bench(
     context: typer.Context,
     shape: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
             help="Sizes of a published model, with random weights: llava-1.5-7b, llava-1.5-13b, llava-next-7b, "
-            "qwen2.5-vl-7b, llava-1b (for CPUs; taken when nothing is said), qwen2.5-vl-narrow (long "
+            "qwen2.5-vl-7b, llava-1b (for CPUs, the default), qwen2.5-vl-narrow (long "
             "prompts), tiny.",
             show_default=False,
         ),
@@ -38,45 +31,29 @@ def _bench(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A checkpoint in place of a shape: 'embedded', a folder, or an id on the Hugging Face hub.",
+            help="A checkpoint instead of a shape: 'embedded', a folder, or an id on the Hugging Face hub.",
             show_default=False,
         ),
     ] = None,
-    methods: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--method",
-            metavar="NAME",
-            help="May be given several times, see 'adaptinfer methods'. Taken when nothing is said: adaptinfer.",
-            show_default=False,
-        ),
-    ] = None,
+    methods: Methods = None,
     budgets: Annotated[
         list[float] | None,
         typer.Option(
             "--budget",
             metavar="TOKENS",
-            help="True average of vision tokens a layer gets, or below 1 a share of them; may be given several times. "
-            "Taken when neither this nor a preset is given: 192, 128 and 64 of 576, in proportion, as far as the model "
-            "has layers enough to meet them.",
+            help="True average of vision tokens a layer gets, or below 1 a share of them; repeatable. "
+            "Default without a preset: 192, 128 and 64 of 576, in proportion, where the model "
+            "has enough layers to meet them.",
             show_default=False,
         ),
     ] = None,
-    presets: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--preset",
-            metavar="NAME",
-            help="A published schedule with the paper's positions, see 'adaptinfer presets'; several times.",
-            show_default=False,
-        ),
-    ] = None,
+    presets: Presets = None,
     schedule_files: Annotated[
         list[Path] | None,
         typer.Option(
             "--schedule",
             metavar="FILE",
-            help="Stages and keeps from a JSON file, as 'adaptinfer calibrate' writes it; several times.",
+            help="Stages and keeps from a JSON file, as 'adaptinfer calibrate' writes it; repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -87,7 +64,7 @@ def _bench(
     compiled: Annotated[
         bool,
         typer.Option(
-            "--compile", help="Put every attached variant beside itself with its decoder in CUDA graphs; needs a GPU."
+            "--compile", help="Measure every attached variant also with its decoder in CUDA graphs; needs a GPU."
         ),
     ] = False,
     batches: Annotated[
@@ -96,7 +73,7 @@ def _bench(
             "--batch",
             min=1,
             metavar="N",
-            help="Samples; several times. Taken when nothing is said: 1.",
+            help="Samples at once; repeatable. Default: 1.",
             show_default=False,
         ),
     ] = None,
@@ -106,8 +83,8 @@ def _bench(
             "--new-tokens",
             min=0,
             metavar="N",
-            help="Measure generation up to so many new tokens; several times, in one pass. 0 leaves generation out. "
-            "Taken when nothing is said: 1 and 32.",
+            help="Measure generation up to so many new tokens; repeatable, in one pass. 0 leaves generation out. "
+            "Default: 1 and 32.",
             show_default=False,
         ),
     ] = None,
@@ -123,18 +100,10 @@ def _bench(
         str,
         typer.Option(metavar="NAME", help="Backend of vanilla and of all variants: sdpa, eager, flash_attention_2."),
     ] = "sdpa",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(
-            metavar="NAME",
-            help="float32, bfloat16, float16; auto is float32 on a CPU, else bfloat16 or the checkpoint's own.",
-        ),
-    ] = "auto",
-    device: Annotated[
-        str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; auto is cuda if there is one, else cpu.")
-    ] = "auto",
+    dtype: DType = "auto",
+    device: Device = "auto",
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Measured rounds; each runs every variant.")] = 7,
-    warmup: Annotated[int, typer.Option(min=0, metavar="N", help="Rounds before them that do not count.")] = 1,
+    warmup: Annotated[int, typer.Option(min=0, metavar="N", help="Warm-up rounds before them.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Of random weights and text.")] = 0,
     as_json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write every raw value and how it was measured.")
@@ -153,24 +122,22 @@ def _bench(
     if shape is not None and model is not None:
         raise InputError("--shape and --model: give only one of them")
     shape = "llava-1b" if model is None and shape is None else shape
-    _check_file("--json", as_json, None)
-    _check_file("--plot", plot, PLOT_SUFFIXES)
+    if as_json is not None:
+        check_output("--json", as_json)
+    if plot is not None:
+        check_output("--plot", plot, PLOT_SUFFIXES)
     if as_json is not None and plot is not None and as_json.resolve() == plot.resolve():
         raise InputError(f"--json and --plot: both name {str(plot)!r}; give two files")
     batch_sizes, counts = sorted({*(batches or [1])}), sorted({*([1, 32] if new_tokens is None else new_tokens)} - {0})
 
-    from adaptinfer.cli.app import _progress, _quieten
-
-    with _progress() as progress:
-        progress("starting")
-        _quieten()
+    with terminal.spinner() as progress:
+        terminal.quieten()
         from adaptinfer.bench.environment import environment
         from adaptinfer.bench.plot import draw
         from adaptinfer.bench.prompts import prompt
         from adaptinfer.bench.results import FORMAT, VERSION, batch_document, published_figures
         from adaptinfer.bench.runner import SCORER_PASSES, Plan, run_batch
         from adaptinfer.bench.subject import Subject, checked_device
-        from adaptinfer.bench.tables import print_results
         from adaptinfer.bench.variants import check_names, check_variants, variants
 
         check_names(methods or [], presets or [])
@@ -211,7 +178,7 @@ def _bench(
         document = {
             "format": FORMAT,
             "version": VERSION,
-            "command": shlex.join(["adaptinfer", "bench", *recorded_arguments(context)]),
+            "command": recorded_command(context),
             "environment": started,
             "setup": {
                 "model": subject.name,
@@ -234,29 +201,9 @@ def _bench(
         }
     print_results(document)  # first: a disk that is full must not cost the run
     if as_json is not None:
-        try:
-            write_whole(as_json, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
-        except OSError as error:
-            raise InputError(f"--json {str(as_json)!r}: cannot be written ({error.strerror})") from None
+        write_output("--json", as_json, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
     if plot is not None:
         draw(document, plot)
     for label, path in (("results", as_json), ("plot", plot)):
         if path is not None:
             typer.echo(f"{label}: {path}")
-
-
-def _check_file(option: str, path: Path | None, suffixes: tuple[str, ...] | None) -> None:
-    """Refuse, before any work, a file that cannot be written."""
-    if path is None:
-        return
-    if suffixes is not None and path.suffix.lower() not in suffixes:
-        raise InputError(f"{option} {str(path)!r}: must end in one of {', '.join(suffixes)}")
-    try:
-        if path.is_dir():
-            raise InputError(f"{option} {str(path)!r}: is a folder")
-        if not path.parent.is_dir():
-            raise InputError(f"{option} {str(path)!r}: there is no folder {str(path.parent)!r}")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise InputError(f"{option} {str(path)!r}: no permission to write there")
-    except OSError as error:  # a name that is too long
-        raise InputError(f"{option} {str(path)!r}: cannot be written ({error.strerror})") from None

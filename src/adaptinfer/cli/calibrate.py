@@ -1,4 +1,4 @@
-"""The sub-command ``adaptinfer calibrate``."""
+"""The command ``adaptinfer calibrate``."""
 
 from __future__ import annotations
 
@@ -7,25 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adaptinfer.cli.options import Device, DType
+from adaptinfer.cli import terminal
+from adaptinfer.cli.options import DEFAULT_BUDGET, Budget, Device, DType, Model, TrustRemoteCode
 from adaptinfer.errors import AdaptInferError, InputError
 
 if TYPE_CHECKING:
     from adaptinfer.calibration.result import Calibration, Candidate
 
-__all__ = ["register"]
 
-
-def register(app: typer.Typer, epilog: str) -> None:
-    """Add the sub-command to the application."""
-    app.command("calibrate", epilog=epilog)(_calibrate)
-
-
-def _calibrate(
+def calibrate(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for what comes out.")],
-    model: Annotated[
-        str, typer.Option(help="'embedded', a checkpoint folder, or an id on the Hugging Face hub (safetensors only).")
-    ] = "embedded",
+    model: Model = "embedded",
     data: Annotated[
         str,
         typer.Option(
@@ -34,31 +26,21 @@ def _calibrate(
             "'hf:NAME[:SPLIT]'.",
         ),
     ] = "scenes",
-    budget: Annotated[
-        float | None,
-        typer.Option(
-            metavar="TOKENS",
-            help="True average of vision tokens a layer gets, or below 1 a share of them. Taken when nothing is said: "
-            "0.33.",
-            show_default=False,
-        ),
-    ] = None,
+    budget: Budget = None,
     flops: Annotated[
         float | None,
-        typer.Option(metavar="SHARE", help="A share of the decoder's prefill FLOPs, in place of a budget of tokens."),
+        typer.Option(metavar="SHARE", help="A share of the decoder's prefill FLOPs, instead of a budget of tokens."),
     ] = None,
     stages: Annotated[
         int | None,
-        typer.Option(min=1, max=6, metavar="N", help="Stages at most; when nothing is said, the data choose."),
+        typer.Option(min=1, max=6, metavar="N", help="At most so many stages. Default: chosen from the data."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, metavar="N", help="Samples to read; fewer if there are fewer.")] = 256,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Which scenes, and of resampling.")] = 0,
     ray: Annotated[
         int | None, typer.Option("--ray", min=1, metavar="N", help="Record in N Ray actors (extra 'ray').")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     dtype: DType = "auto",
 ) -> None:
@@ -68,16 +50,13 @@ def _calibrate(
     """
     if budget is not None and flops is not None:
         raise InputError("--budget and --flops: give only one of them")
-    from adaptinfer.cli.app import _progress, _quieten
-
-    with _progress() as progress:
-        progress("starting")
-        _quieten()
+    with terminal.spinner() as progress:
+        terminal.quieten()
         from adaptinfer.calibration.distributed import Job, processes, record_alone, record_with_ray
         from adaptinfer.calibration.run import Target, analyse
         from adaptinfer.pruners import AdaptInfer
 
-        wanted = Target(flops, True) if flops is not None else Target(0.33 if budget is None else budget)
+        wanted = Target(flops, True) if flops is not None else Target(DEFAULT_BUDGET if budget is None else budget)
         number, many = processes()
         if many > 1 and ray is not None:
             raise InputError("--ray: start it once, not under accelerate launch or torchrun")
@@ -96,7 +75,7 @@ def _calibrate(
             calibration = analyse(recording, count, wanted, shape, stages=stages, seed=seed, progress=progress)
         except KeyboardInterrupt:
             raise AdaptInferError(
-                f"interrupted; what was recorded is in {str(job.folder)!r}, and the same command goes on from there"
+                f"interrupted; what was recorded is in {str(job.folder)!r}, and the same command continues from there"
             ) from None
         progress("drawing")
         written = calibration.save(output)
@@ -122,12 +101,8 @@ def _own_device() -> str:
 
 
 def _print(calibration: Calibration) -> None:
-    from rich.text import Text
-
-    from adaptinfer.cli.app import _console, _table
-
-    console = _console()
-    table = _table(console, "chosen by", "stages", "true average", "kept mass", "against the published shape")
+    console = terminal.console()
+    table = terminal.table(console, "chosen by", "stages", "true average", "kept mass", "against the published shape")
     for each in calibration.candidates:
         if each.schedule is None:
             layers = ", ".join(map(str, each.layers))
@@ -153,5 +128,4 @@ def _print(calibration: Calibration) -> None:
         f"Kept mass of the best by number of stages at most: {by_stages}.",
         *(f"skipped: {reason}" for reason in calibration.skipped[:5]),
     ]
-    for line in lines:
-        console.print(Text(line, style="dim"), soft_wrap=True)
+    terminal.print_notes(console, lines)

@@ -1,37 +1,27 @@
-"""The sub-command ``adaptinfer eval``: options, refusals before any work, progress, and what is written where."""
+"""The command ``adaptinfer eval``: options, refusals before any work, progress, and what is written where."""
 
 from __future__ import annotations
 
 import json
-import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from adaptinfer.cli.options import RecordedCommand, recorded_arguments
+from adaptinfer.cli import terminal
+from adaptinfer.cli.options import Device, DType, Model, Pruners, TrustRemoteCode, recorded_command
 from adaptinfer.errors import InputError
-from adaptinfer.files import write_whole
+from adaptinfer.files import write_output
 
 if TYPE_CHECKING:
     from adaptinfer.evaluation.journal import Block, Journal
     from adaptinfer.evaluation.plan import EvaluationPlan
 
-__all__ = ["register"]
-
 _INTERRUPTED = 130  # what a shell says of a command stopped by Ctrl-C
 
 
-def register(app: typer.Typer, epilog: str) -> None:
-    """Add the sub-command to the application."""
-    app.command("eval", cls=RecordedCommand, epilog=epilog)(_eval)
-
-
-def _eval(
+def evaluate(
     context: typer.Context,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of answers and report; a run goes on in it.")
@@ -41,20 +31,20 @@ def _eval(
         typer.Option(
             "--task",
             metavar="NAME",
-            help="world, world-hard, world-turns, world-pair (add ':validation' for other scenes), or FILE.jsonl "
-            "with pictures beside it (add ':exact', ':yes_no', ':vqa' or ':anls' for its metric). Several times. "
-            "Taken when nothing is said: world.",
+            help="world, world-hard, world-turns, world-pair (append ':validation' for other scenes), or FILE.jsonl "
+            "with pictures beside it (append ':exact', ':yes_no', ':vqa' or ':anls' for its metric). Repeatable. "
+            "Default: world.",
             show_default=False,
         ),
     ] = None,
-    model: Annotated[str, typer.Option(help="'embedded', a folder, or an id on the Hugging Face hub.")] = "embedded",
+    model: Model = "embedded",
     methods: Annotated[
         list[str] | None,
         typer.Option(
             "--method",
             metavar="NAME",
-            help="See 'adaptinfer methods'; several times, or 'all'; also evidence-before, a control. The first is "
-            "compared with the others. Taken when nothing is said: adaptinfer.",
+            help="See 'adaptinfer methods'; repeatable, or 'all'; also evidence-before, a control. The first is "
+            "compared with the others. Default: adaptinfer.",
             show_default=False,
         ),
     ] = None,
@@ -63,8 +53,8 @@ def _eval(
         typer.Option(
             "--budget",
             metavar="TOKENS",
-            help="True average of vision tokens a layer gets, or below 1 a share of them; several times. Taken when "
-            "nothing is said: 0.33 and 0.11.",
+            help="True average of vision tokens a layer gets, or below 1 a share of them; repeatable. Default: "
+            " 0.33 and 0.11.",
             show_default=False,
         ),
     ] = None,
@@ -73,7 +63,7 @@ def _eval(
         typer.Option(
             "--preset",
             metavar="NAME",
-            help="[METHOD:]MODEL/LABEL, a published schedule with its positions, see 'adaptinfer presets'; several.",
+            help="[METHOD:]MODEL/LABEL, a published schedule with its positions, see 'adaptinfer presets'; repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -82,21 +72,16 @@ def _eval(
         typer.Option(
             "--schedule",
             metavar="FILE",
-            help="[METHOD:]FILE, stages and keeps as 'adaptinfer calibrate' writes them; several times.",
+            help="[METHOD:]FILE, stages and keeps as 'adaptinfer calibrate' writes them; repeatable.",
             show_default=False,
         ),
     ] = None,
-    pruners: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--pruner", metavar="DIR", help="A pruner written by save_pretrained; several times.", show_default=False
-        ),
-    ] = None,
+    pruners: Pruners = None,
     positions: Annotated[
         list[str] | None,
         typer.Option(
             metavar="WAY",
-            help="keep or compact; twice for both side by side. Taken when nothing is said: the method's own.",
+            help="keep or compact; twice for both. Default: the method's own.",
             show_default=False,
         ),
     ] = None,
@@ -105,7 +90,7 @@ def _eval(
         typer.Option(
             min=1,
             metavar="N",
-            help="Samples of each task. Taken when nothing is said: 500 of drawn ones, all of a file.",
+            help="Samples of each task. Default: 500 of drawn ones, all of a file.",
             show_default=False,
         ),
     ] = None,
@@ -123,19 +108,12 @@ def _eval(
     latency_rounds: Annotated[
         int, typer.Option(min=0, metavar="N", help="Rounds of timing, after the answers; 0 leaves latency out.")
     ] = 5,
-    device: Annotated[
-        str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; auto: cuda if there is one.")
-    ] = "auto",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(metavar="NAME", help="auto is float32 on a CPU, else the checkpoint's own."),
-    ] = "auto",
+    device: Device = "auto",
+    dtype: DType = "auto",
     ray: Annotated[
         int, typer.Option(min=0, metavar="N", help="Answer on N Ray actors; needs the extra 'ray'. 0: in this process.")
     ] = 0,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compare methods at true budgets: accuracy with intervals, flips, FLOPs, KV cache, latency; a report.
 
@@ -143,14 +121,13 @@ def _eval(
 
     A stopped run goes on with the same command. Several processes: 'accelerate launch -m adaptinfer eval ...'.
     """
-    from adaptinfer.cli.app import _quieten
     from adaptinfer.evaluation.conditions import conditions, first_refusals
     from adaptinfer.evaluation.plan import EvaluationPlan
     from adaptinfer.evaluation.processes import Processes
     from adaptinfer.pruners import METHODS
 
-    _quieten()
-    # "all" is what is not named beside it; names come first, as the first one is held against the others.
+    terminal.quieten()
+    # "all" adds every method not listed explicitly; the first method is compared with the others, so names come first.
     named = [name for name in methods or ["adaptinfer"] if name != "all"]
     chosen = named + [name for name in METHODS if "all" in (methods or ()) and name not in named]
     found = conditions(
@@ -165,18 +142,18 @@ def _eval(
     )
     ranks = Processes.of_environment(device)
     if ray and ranks.count > 1:
-        raise InputError("--ray: not together with accelerate launch; take one of them")
+        raise InputError("--ray: not together with accelerate launch; use one of them")
     where = ranks.device(device)
     if skip and samples is None:
-        raise InputError("--skip: say with --samples how many to take after those that are left out")
+        raise InputError("--skip: also give --samples, how many to take after the skipped ones")
     plan = EvaluationPlan(
         model, tuple(tasks or ["world"]), tuple(found), samples, batch, where, dtype, trust_remote_code, skip
     )
     _check_budgets(plan, first_refusals, quiet=not ranks.is_main)
-    command = shlex.join(["adaptinfer", "eval", *recorded_arguments(context)])
+    command = recorded_command(context)
     journal, done = ranks.journal(output, plan)
     try:
-        with _progress(not ranks.is_main) as progress:
+        with terminal.bar(not ranks.is_main) as progress:
             worker = _answer(plan, journal, done, ranks, ray, progress)
             if not ranks.finish(plan, journal):
                 return
@@ -188,7 +165,7 @@ def _eval(
             )
             Console(stderr=True).print(message, soft_wrap=True)
         raise typer.Exit(_INTERRUPTED) from None
-    from adaptinfer.evaluation.tables import print_results
+    from adaptinfer.cli.eval_tables import print_results
 
     print_results(document)
     for name in ("report.html", "report.md", "summary.json", "answers.jsonl"):
@@ -225,10 +202,9 @@ def _answer(plan: EvaluationPlan, journal: Journal, done: set[Block], ranks: Any
     total = sum(len(unit.wanted) for unit in todo)
     progress.begin(total, "answers")
     if ray:
-        from adaptinfer.cli.app import _quieten
         from adaptinfer.evaluation.on_ray import run_on_ray
 
-        run_on_ray(plan, journal, todo, ray, progress.step, prepare=_quieten)
+        run_on_ray(plan, journal, todo, ray, progress.step, prepare=terminal.quieten)
         return None
     return run(plan, journal, todo, progress.step)
 
@@ -278,10 +254,7 @@ def _finish(
         "report.html": to_html(document, pictures).encode(),
     }
     for name, data in files.items():
-        try:
-            write_whole(output / name, data)
-        except OSError as error:
-            raise InputError(f"{str(output / name)!r}: cannot be written ({error.strerror})") from None
+        write_output("report", output / name, data)
     return document
 
 
@@ -293,35 +266,3 @@ def _measured_before(output: Path, run: str, rounds: int) -> dict[str, Any] | No
         return latency if latency and latency["rounds"] == rounds else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-class _Steps:
-    """Progress on standard error: a bar over blocks of answers, with the condition at work."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress, self._task = progress, progress.add_task("starting", total=None)
-
-    def begin(self, total: int, text: str) -> None:
-        self._progress.reset(self._task, total=total, description=text)
-
-    def step(self, task: str, condition: str) -> None:
-        """A block of answers is on disk."""
-        self._progress.update(self._task, advance=1, description=f"{task}, {condition}")
-
-    def say(self, text: str) -> None:
-        self._progress.update(self._task, description=text)
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[_Steps]:
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
-        yield _Steps(progress)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from adaptinfer.cli import terminal
 from adaptinfer.evaluation.conditions import VANILLA
 
 _STYLES = {"better": "green", "worse": "red", "open": "dim"}
@@ -17,7 +16,7 @@ _STYLES = {"better": "green", "worse": "red", "open": "dim"}
 
 def print_results(document: dict[str, Any]) -> None:
     """Print a summary, task by task."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
+    console = terminal.console()
     for task in document["tasks"]:
         title = f"{task['name']}: {task['answers']} answers about {task['groups']} groups of pictures"
         console.print(Text(title, style="bold"), soft_wrap=True)
@@ -29,26 +28,16 @@ def print_results(document: dict[str, Any]) -> None:
             )
         for name, reason in task["refused"].items():
             console.print(f"{name}: not run: {reason}", soft_wrap=True)
-    console.print(
-        Text(
-            "In percent, with 95 % intervals; difference to vanilla in points, paired; better or worse only if its "
-            "interval excludes 0 and at least six groups differ. Tokens: true average given to a layer.",
-            style="dim",
-        ),
-        soft_wrap=True,
+    note = (
+        "In percent, with 95 % intervals; difference to vanilla in points, paired; better or worse only if its "
+        "interval excludes 0 and at least six groups differ. Tokens: true average given to a layer."
     )
+    terminal.print_notes(console, [note])
 
 
 def _table(console: Console, task: dict[str, Any]) -> Table:
-    terminal = console.is_terminal
-    table = Table(
-        box=box.SIMPLE_HEAD if terminal else None,
-        padding=(0, 1, 0, 0) if terminal else (0, 2, 0, 0),
-        pad_edge=False,
-        header_style="bold" if terminal else "",
-    )
-    for number, column in enumerate(("", "tokens", "FLOPs", "accuracy", "difference", "", "flips")):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    columns = ("tokens", "FLOPs", "accuracy", "difference", "", "flips")
+    table = terminal.table(console, "", *columns, figures=True)
     for entry in task["conditions"]:
         plain = entry["name"] == VANILLA
         difference, word = entry["difference"], entry["verdict"] or ""

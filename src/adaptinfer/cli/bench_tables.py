@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["print_results"]
+from adaptinfer.cli import terminal
+from adaptinfer.cli.terminal import table
 
 _DEFINITIONS = (
     "Medians, with quartiles in brackets; x: speed-up over vanilla, the median of the ratios within each round. TTFT: "
@@ -23,7 +22,7 @@ _DEFINITIONS = (
 
 def print_results(document: dict[str, Any]) -> None:
     """Print a document of `results`, batch by batch."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
+    console = terminal.console()
     setup = document["setup"]
     for batch in document["batches"]:
         console.print(
@@ -63,9 +62,9 @@ def print_results(document: dict[str, Any]) -> None:
 def _prefill(console: Console, batch: dict[str, Any]) -> Table:
     wall = "decoder_prefill_wall_ms" in batch["variants"][0]["raw"]
     columns = ["", "true\naverage", "TTFT\nms", "\nx", "decoder prefill\nms", "\nx", *(["wall\nx"] if wall else [])]
-    table = _table(console, *columns, "FLOPs\nbound", "roof-\nline")
+    found = table(console, *columns, "FLOPs\nbound", "roof-\nline", figures=True)
     for entry in batch["variants"]:
-        table.add_row(
+        found.add_row(
             entry["name"],
             f"{entry['true_average']:.1f}",
             _number(entry["summary"]["ttft_ms"]["median"]),
@@ -76,20 +75,20 @@ def _prefill(console: Console, batch: dict[str, Any]) -> Table:
             f"{entry['flops_bound']:.2f} {entry['share_of_flops_bound']:>4.0%}",
             f"{entry['share_of_roofline']:.0%}",
         )
-    return table
+    return found
 
 
 def _generation(console: Console, batch: dict[str, Any], count: int) -> Table:
     whole, step = f"generate_ms/{count}", f"decode_ms_per_token/{count}"
     many = "1 new token" if count == 1 else f"{count} new tokens"
     columns = ["", f"{many},\nend to end, ms", "\nx"]
-    table = _table(console, *columns, *(["decode,\nms/token", "\nx"] if count > 1 else []))
+    found = table(console, *columns, *(["decode,\nms/token", "\nx"] if count > 1 else []), figures=True)
     for entry in batch["variants"]:
         cells = [_spread(entry, whole), _speed_up(entry, whole)]
         if count > 1:
             cells += [_spread(entry, step), _speed_up(entry, step)]
-        table.add_row(entry["name"], *cells)
-    return table
+        found.add_row(entry["name"], *cells)
+    return found
 
 
 def _memory(console: Console, batch: dict[str, Any]) -> Table:
@@ -100,7 +99,7 @@ def _memory(console: Console, batch: dict[str, Any]) -> Table:
         "KV cache MB,\nof vanilla",
         *(["peak MB,\nabove idle"] if peaks else []),
     ]
-    table = _table(console, *columns, "\nscorer")
+    found = table(console, *columns, "\nscorer", figures=True)
     vanilla = batch["variants"][0]
     for entry in batch["variants"]:
         scorer = entry["scorer_share_of_vanilla_prefill"]
@@ -111,22 +110,8 @@ def _memory(console: Console, batch: dict[str, Any]) -> Table:
         if peaks:
             peak, above = entry["peak_memory_bytes"], entry["peak_above_idle_bytes"]
             cells.append(f"{_megabytes(peak)} {_megabytes(above):>6}")
-        table.add_row(entry["name"], *cells, "" if scorer is None else f"{scorer:.2%}")
-    return table
-
-
-def _table(console: Console, *columns: str) -> Table:
-    """A table with rules on a terminal, plain columns in a pipe."""
-    terminal = console.is_terminal
-    table = Table(
-        box=box.SIMPLE_HEAD if terminal else None,
-        padding=(0, 1, 0, 0) if terminal else (0, 2, 0, 0),
-        pad_edge=False,
-        header_style="bold" if terminal else "",
-    )
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    return table
+        found.add_row(entry["name"], *cells, "" if scorer is None else f"{scorer:.2%}")
+    return found
 
 
 def _speed_up(entry: dict[str, Any], figure: str) -> str:
