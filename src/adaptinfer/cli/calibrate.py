@@ -75,7 +75,7 @@ def calibrate(
             calibration = analyse(recording, count, wanted, shape, stages=stages, seed=seed, progress=progress)
         except KeyboardInterrupt:
             raise AdaptInferError(
-                f"interrupted; what was recorded is in {str(job.folder)!r}, and the same command continues from there"
+                f"interrupted; what was recorded is in {str(job.folder)!r}, and the same command goes on from there"
             ) from None
         progress("drawing")
         written = calibration.save(output)
