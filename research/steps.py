@@ -38,8 +38,8 @@ from adaptinfer.bench.prompts import Prompt, prompt
 from adaptinfer.bench.subject import Subject, checked_device
 from adaptinfer.bench.timing import order_of_round, paired_ratios, summarise
 from adaptinfer.bench.variants import VANILLA, Variant, check_variants
-from adaptinfer.engine import attach as engine
-from adaptinfer.engine.forward import Forward
+from adaptinfer.engine import attention
+from adaptinfer.engine.layer_inputs import LayerInputs
 from adaptinfer.errors import AdaptInferError
 
 
@@ -135,7 +135,7 @@ def ways(bench: Bench) -> list[Way]:
 @contextmanager
 def made_in_every_layer() -> Iterator[None]:
     """The engine's memory of what layers share, switched off."""
-    with replaced(Forward, "_remembered", lambda self, key, make, *operands: make()):
+    with replaced(LayerInputs, "remembered", lambda self, key, make, *operands: make()):
         yield
 
 
@@ -217,7 +217,7 @@ def peaks(bench: Bench, setup: dict[str, Any]) -> dict[str, Any]:
     pruned = Variant("adaptinfer", AdaptInfer(budget=setup["budget"]))
     found: list[tuple[str, Variant, AbstractContextManager[Any]]] = [
         ("pruned, survivors a few rows at a time", pruned, nullcontext()),
-        ("7: pruned, survivors all at once", pruned, replaced(engine, "_LARGEST_MASK", 2**62)),
+        ("7: pruned, survivors all at once", pruned, replaced(attention, "LARGEST_MASK", 2**62)),
         (VANILLA, Variant(VANILLA), nullcontext()),
     ]
     measured = []

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from adaptinfer.engine import attach as engine
 from adaptinfer.engine.families import attention_of
+from adaptinfer.engine.hooks import STAGE_WORK
 from adaptinfer.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,14 +38,6 @@ _CLOSED = frozenset({TOWER, PROJECTOR, QKV, OUTPUT, MLP, HEAD})  # what runs ins
 _TOWERS, _PROJECTORS = ("vision_tower", "visual"), ("multi_modal_projector",)
 _PROJECTIONS = {"q_proj": QKV, "k_proj": QKV, "v_proj": QKV, "o_proj": OUTPUT}
 _ROTARY = "apply_rotary_pos_emb"  # in transformers' file of the language model
-# What the engine adds to a prefill. The attention function is the outermost of them: within it lie scoring and the
-# model's own attention, which are parts of their own.
-ENGINE_STEPS: tuple[tuple[Any, str], ...] = (
-    (engine.Handle, "_prefill_inputs"),
-    (engine.Handle, "_drop_rows"),
-    (engine.Handle, "_restore_rows"),
-    (engine, "_attention_of_call"),
-)
 
 
 class Watch:
@@ -77,7 +69,7 @@ class Watch:
             code = sys.modules[type(attention_of(decoder.layers[0])).__module__]
             if hasattr(code, _ROTARY):
                 stack.enter_context(_replaced(code, _ROTARY, self.timed(getattr(code, _ROTARY), ROTARY)))
-            for owner, name in ENGINE_STEPS:
+            for owner, name in STAGE_WORK:
                 stack.enter_context(_replaced(owner, name, self.timed(getattr(owner, name), STAGES)))
             own = ALL_ATTENTION_FUNCTIONS[backend]
             ALL_ATTENTION_FUNCTIONS[backend] = self.timed(own, ATTENTION)

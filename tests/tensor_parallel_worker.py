@@ -133,7 +133,7 @@ def guards(family: str, path: Path, kind, ranks: int):
             except UnsupportedError as error:
                 yield f"refused {pruner.name}", str(error)
     with attach(split, AdaptInfer(schedule=STAGES)) as handle, torch.no_grad():
-        handle._ranks._groups.clear()
+        handle.attachment.ranks._groups.clear()
         try:
             split(**inputs)
         except UnsupportedError as error:

@@ -29,8 +29,8 @@ from adaptinfer.bench.subject import Subject
 from adaptinfer.bench.timing import Clock, bound_share, order_of_round, paired_ratios, summarise
 from adaptinfer.bench.variants import Variant, variants
 from adaptinfer.cli.app import app
-from adaptinfer.engine.attach import handle_of
 from adaptinfer.engine.graphs.compiled import Compiled
+from adaptinfer.engine.handle import handle_of
 from adaptinfer.errors import InputError
 
 VISION, LAYERS = 64, 12  # of the shape `tiny`

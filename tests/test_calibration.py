@@ -573,7 +573,7 @@ def test_calibrate_in_python(checkpoint, model, tmp_path):
     assert (tmp_path / "why.svg").read_text().count("<path") > 50
     with pytest.raises(InputError, match="must end in one of .png"):
         made.plot(tmp_path / "why.gif")
-    assert not adaptinfer.engine.attach.is_attached(model)
+    assert not adaptinfer.engine.handle.is_attached(model)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

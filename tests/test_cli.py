@@ -526,12 +526,12 @@ def test_nothing_is_read_from_a_terminal():
 
 
 def test_both_ways_are_measured_in_turn(monkeypatch, models):
-    from adaptinfer.engine import attach
+    from adaptinfer.engine import calls
 
     order = []
 
     def timed(*_):
-        order.append("vanilla" if attach._DISABLED.get() else "pruned")
+        order.append("vanilla" if calls.PAUSED.get() else "pruned")
         return float(len(order)), 1.0
 
     monkeypatch.setattr(asking, "timed", timed)

@@ -42,6 +42,7 @@ from adaptinfer import (
     from_pretrained,
 )
 from adaptinfer.engine.selection import Images, select_before
+from adaptinfer.engine.vision.recorder import Recorder
 from adaptinfer.engine.vision.tower import Encoded
 from adaptinfer.pruners.before import Selector, SelectsBefore
 
@@ -287,15 +288,15 @@ FULL = [pytest.param(name, marks=pytest.mark.full) for name in TRACED_TOO]
 
 
 @pytest.mark.parametrize("name", [*TRACED, *FULL])
-def test_vision_tokens_are_traced_to_their_tower_tokens(name):
+def test_vision_tokens_are_traced_to_their_tower_tokens(monkeypatch, name):
     """Change one token in the tower's last block: the features that change are those said to come from it."""
     setup = zoo.SETUPS[name]
     model, size = setup.build("sdpa"), setup.sizes[-1]
     inputs = setup.collate([zoo.simple(name, seed=1, **size), zoo.simple(name, seed=2, images=2, **size)], "left")
     pruner = FasterVLM(budget=0.5, layer=-1)
-    with attach(model, pruner) as handle, torch.no_grad():
-        seen, make = [], handle._images
-        handle._images = lambda *args: seen.append(make(*args)) or seen[-1]
+    seen, make = [], Recorder.images
+    monkeypatch.setattr(Recorder, "images", lambda *args: seen.append(make(*args)) or seen[-1])
+    with attach(model, pruner), torch.no_grad():
         model(**inputs)
         images = seen[0]
         encoded, tower, (read,) = images._encoded[0], images._tower, pruner.reads

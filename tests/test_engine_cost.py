@@ -11,7 +11,8 @@ import zoo
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptinfer import AdaptInfer, Random, Schedule, Stage, attach
-from adaptinfer.engine import attach as attach_module
+from adaptinfer.engine import attention as attention_module
+from adaptinfer.engine import entry
 from adaptinfer.engine.layout import PromptLayout
 
 STAGES = Schedule((Stage(1, 0.4), Stage(3, 0.3)), tiny.LAYERS)
@@ -57,7 +58,7 @@ def test_no_layer_reads_the_device(monkeypatch, attention, uneven, pruner):
     if uneven:
         prompts = [tiny.simple("llava", seed=1, images=2), tiny.simple("llava", seed=2, after=30)]
     layout = layout_of(prompts, "left", "meta")
-    monkeypatch.setattr(attach_module, "read_layout", lambda *_: layout)
+    monkeypatch.setattr(entry, "read_layout", lambda *_: layout)
     model = tiny.llava(attention).to("meta")
     ids = torch.zeros(layout.vision.shape, dtype=torch.long, device="meta")
     with attach(model, pruner) as handle, torch.no_grad():
@@ -210,5 +211,5 @@ def test_survivors_attend_a_few_rows_at_a_time(models, monkeypatch, attention):
     inputs = tiny.batch("llava", [tiny.simple("llava"), tiny.simple("llava", after=12)])
     with attach(model, AdaptInfer(schedule=Schedule((Stage(1, 0.2), Stage(3, 0.2)), tiny.LAYERS))), torch.no_grad():
         whole = model(**inputs).logits
-        monkeypatch.setattr(attach_module, "_LARGEST_MASK", 700)
+        monkeypatch.setattr(attention_module, "LARGEST_MASK", 700)
         torch.testing.assert_close(model(**inputs).logits, whole, atol=1e-6, rtol=0)

@@ -13,7 +13,7 @@ from oracle import Oracle
 from test_engine_cost import layout_of
 
 from adaptinfer import METHODS, Schedule, ScheduleError, SparseVLM, Stage, attach, from_pretrained
-from adaptinfer.engine import attach as attach_module
+from adaptinfer.engine import entry
 
 STAGES = Schedule((Stage(1, 20), Stage(3, 6)), tiny.LAYERS)
 SHARES = Schedule((Stage(1, 0.4), Stage(3, 0.3)), tiny.LAYERS)
@@ -195,7 +195,7 @@ def test_no_layer_reads_the_device(monkeypatch, method, attention, uneven):
     """On the meta device there is nothing to read: `.item()`, `nonzero` or a boolean index anywhere would raise."""
     samples = prompts("llava")[:2] if uneven else [tiny.simple("llava", seed=1), tiny.simple("llava", seed=2)]
     layout = layout_of(samples, "left", "meta")
-    monkeypatch.setattr(attach_module, "read_layout", lambda *_: layout)
+    monkeypatch.setattr(entry, "read_layout", lambda *_: layout)
     model = tiny.llava(attention).to("meta")
     ids = torch.zeros(layout.vision.shape, dtype=torch.long, device="meta")
     with attach(model, method(schedule=SHARES)) as handle, torch.no_grad():

@@ -19,7 +19,8 @@ from adaptinfer.bench.measure import Bench
 from adaptinfer.bench.prompts import picture_for, prompt
 from adaptinfer.bench.roofline import layer_tokens
 from adaptinfer.bench.timing import Clock, Mark
-from adaptinfer.engine import attach as engine
+from adaptinfer.engine import attention
+from adaptinfer.engine.hooks import STAGE_WORK
 from adaptinfer.errors import InputError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "research"))
@@ -27,7 +28,7 @@ import performance_tables
 import profile_prefill
 import steps
 from floor import Floor
-from watch import ENGINE_STEPS, IN_LAYERS, OUTSIDE, PARTS, SCORING, STAGES, Watch
+from watch import IN_LAYERS, OUTSIDE, PARTS, SCORING, STAGES, Watch
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "results" / "performance.md").read_text(encoding="utf-8")
@@ -185,7 +186,7 @@ def test_a_failure_leaves_the_watch_usable():
 def test_watching_changes_no_answer_and_leaves_nothing(bench):
     model = bench.model
     own = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    functions = [getattr(owner, name) for owner, name in ENGINE_STEPS]
+    functions = [getattr(owner, name) for owner, name in STAGE_WORK]
     pruner = AdaptInfer(budget=14)
     with attach(model, pruner):
         expected = bench.first_token()[0].logits
@@ -197,7 +198,7 @@ def test_watching_changes_no_answer_and_leaves_nothing(bench):
     assert [*parts] == [*PARTS] and min(parts.values()) > 0
     assert len(handle.report.stages) >= 2
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
-    assert [getattr(owner, name) for owner, name in ENGINE_STEPS] == functions
+    assert [getattr(owner, name) for owner, name in STAGE_WORK] == functions
     assert not any("forward" in vars(module) for module in model.modules())
     with attach(model, pruner):
         assert torch.equal(bench.first_token()[0].logits, expected)
@@ -285,7 +286,7 @@ def test_memory_of_the_survivors_masks(monkeypatch, tmp_path):
     content = _run(steps, monkeypatch, tmp_path, "--memory", "--budget", "14")
     assert [way["name"][:2] for way in content["peaks"]] == ["pr", "7:", "va"]
     assert content["peaks"][0]["kv_bytes"] == content["peaks"][1]["kv_bytes"] < content["peaks"][2]["kv_bytes"]
-    assert engine._LARGEST_MASK == 2**20
+    assert attention.LARGEST_MASK == 2**20
     if "peak_above_idle_bytes" in content["peaks"][0]:
         assert len(performance_tables.memory_lines(content)) == 5
 
@@ -294,7 +295,7 @@ def test_what_is_taken_back_changes_no_answer(bench, monkeypatch):
     """The same first token and logits whether layers share their inputs or not; the switch is on while it lasts."""
     padded = next(way for way in steps.ways(bench) if way.name.startswith("4"))
     made = []
-    remembered = steps.Forward._remembered
+    remembered = steps.LayerInputs.remembered
 
     def counted(self, key, make, *operands):
         def counting():
@@ -303,11 +304,11 @@ def test_what_is_taken_back_changes_no_answer(bench, monkeypatch):
 
         return remembered(self, key, counting, *operands)
 
-    monkeypatch.setattr(steps.Forward, "_remembered", counted)
+    monkeypatch.setattr(steps.LayerInputs, "remembered", counted)
     with attach(bench.model, AdaptInfer(budget=14)), torch.inference_mode():
         expected = bench.model(**padded.prompt.inputs).logits
         once = len(made)
-        with steps.replaced(steps.Forward, "_remembered", lambda self, key, make, *_: made.append(key[0]) or make()):
+        with steps.replaced(steps.LayerInputs, "remembered", lambda self, key, make, *_: made.append(key[0]) or make()):
             found = bench.model(**padded.prompt.inputs).logits
     assert torch.equal(found, expected)
     assert len(made) - once > 2 * once

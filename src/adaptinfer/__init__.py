@@ -13,9 +13,10 @@ from adaptinfer.version import __version__ as __version__
 if TYPE_CHECKING:
     from adaptinfer.calibration.result import Calibration
     from adaptinfer.calibration.run import calibrate
-    from adaptinfer.engine.attach import Handle, attach, disabled
+    from adaptinfer.engine.attach import attach, disabled
     from adaptinfer.engine.cache.prefix import PrefixCache
     from adaptinfer.engine.graphs.compiled import Compiled, compile
+    from adaptinfer.engine.handle import Handle
     from adaptinfer.engine.report import Report
     from adaptinfer.errors import AdaptInferError, InputError, UnsupportedError
     from adaptinfer.pruners import (
@@ -117,7 +118,8 @@ __all__ = [
 _HOME = {
     "calibration.result": ("Calibration",),
     "calibration.run": ("calibrate",),
-    "engine.attach": ("Handle", "attach", "disabled"),
+    "engine.attach": ("attach", "disabled"),
+    "engine.handle": ("Handle",),
     "engine.graphs.compiled": ("Compiled", "compile"),
     "engine.report": ("Report",),
     "errors": ("AdaptInferError", "InputError", "UnsupportedError"),

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from adaptinfer.bench.prompts import Prompt
     from adaptinfer.bench.variants import Variant
-    from adaptinfer.engine.attach import Handle
+    from adaptinfer.engine.handle import Handle
 
 __all__ = ["Bench", "Figures"]
 

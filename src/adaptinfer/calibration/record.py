@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from adaptinfer.checkpoints import check_question, processed
-from adaptinfer.engine.attach import Handle
 from adaptinfer.engine.families import family_of, placeholders_of
+from adaptinfer.engine.handle import Handle
 from adaptinfer.errors import InputError, UnsupportedError
 from adaptinfer.pruners.contracts import Pruner
 from adaptinfer.schedule import ModelShape, Schedule

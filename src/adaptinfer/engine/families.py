@@ -11,27 +11,14 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adaptinfer.engine.rotary import rotary_function
 from adaptinfer.errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-__all__ = [
-    "TESTED",
-    "Family",
-    "attention_of",
-    "check_backend",
-    "family_of",
-    "is_flash",
-    "own_attention",
-    "placeholders_of",
-]
 
 TESTED: dict[str, str] = {
     "gemma3": "Gemma 3",
@@ -61,6 +48,8 @@ _COMPACT = frozenset({"llama", "mistral", "qwen2", "qwen3"})  # one rotary embed
 # Layer inputs with a row per token, besides hidden states, positions and masks: Gemma 4, Ernie 4.5.
 _TOKEN_INPUTS = ("per_layer_input", "moe_mm_token_type_ids")
 _ATTENTION = ("self_attn", "attn", "attention")
+_OUTPUT = ("o_proj", "out_proj", "dense", "wo")
+_MLP = ("mlp", "feed_forward", "block_sparse_moe")
 _REFUSED = {
     "llama4": "its attention counts positions from the number of tokens it is given, so survivors would be taken for "
     "the first tokens of the prompt",
@@ -185,6 +174,13 @@ def attention_of(layer: Any) -> Any:
         if module is not None and hasattr(module, "config") and hasattr(module, "layer_idx"):
             return module
     return None
+
+
+def skippable_modules(layer: Any) -> list[Any]:
+    """The parts of a decoder layer that treat each token by itself: the attention's output projection and the MLP."""
+    parts = [getattr(attention_of(layer), name, None) for name in _OUTPUT]
+    parts += [getattr(layer, name, None) for name in _MLP]
+    return [part for part in parts if part is not None]
 
 
 class _Untapped:

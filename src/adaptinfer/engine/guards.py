@@ -4,40 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import StaticLayer
 
-from adaptinfer.engine.cache.access import cache_argument
+from adaptinfer.engine.cache.access import cache_argument, is_plain
 from adaptinfer.engine.cache.checks import check_cache
-from adaptinfer.engine.cache.layers import PrunedLayer
-from adaptinfer.engine.families import check_backend
-from adaptinfer.engine.graphs.decoding import LentLayer
+from adaptinfer.engine.families import Family, check_backend
 from adaptinfer.errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-    from adaptinfer.engine.families import Family
-    from adaptinfer.pruners.contracts import Pruner
-
-__all__ = [
-    "arguments_of",
-    "check_counts",
-    "check_flash",
-    "check_forward",
-    "check_generate",
-    "check_ids",
-    "check_labels",
-    "check_mask",
-    "check_needs",
-    "check_padding",
-    "check_past",
-    "most_new_tokens",
-    "prompt_length",
-    "refuse_continuous_batching",
-]
+from adaptinfer.pruners.contracts import Pruner
 
 _ESCAPE = "or run this call inside adaptinfer.disabled(model)"
 
@@ -161,13 +138,26 @@ def check_needs(family: Family, pruner: Pruner) -> None:
         )
 
 
+def check_positions(family: Family, pruner: Pruner) -> None:
+    """Refuse to renumber survivors where that is not defined.
+
+    Raises:
+        UnsupportedError: naming the model.
+    """
+    if pruner.positions == "compact" and family.rotary is None:
+        raise UnsupportedError(
+            "positions='compact' renumbers survivors as the published LLaVA code does, which is defined for one rotary "
+            f"embedding of one-dimensional positions; {family.model_type} has another, so use positions='keep'"
+        )
+
+
 def check_past(pruner: Pruner, cache: Any, past: int) -> None:
     """Refuse a new image on a cache that a method would have to read, unless it lies there in the open.
 
     Raises:
         UnsupportedError: naming the method.
     """
-    plain = all(type(layer) in (DynamicLayer, PrunedLayer, LentLayer) for layer in cache.layers)
+    plain = all(map(is_plain, cache.layers))
     if past and not plain and "next" in pruner.needs:
         raise UnsupportedError(
             f"{pruner.name} reads the cached keys of the layer behind a stage, so a new image in a later turn needs a "

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from adaptinfer.functional import marked_first
 
-__all__ = ["PromptLayout", "read_layout", "rectangle"]
-
 
 @dataclass(frozen=True)
 class PromptLayout:

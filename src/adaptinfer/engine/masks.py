@@ -19,8 +19,6 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from adaptinfer.engine.cache.history import Keys
 from adaptinfer.functional import gather_tokens
 
-__all__ = ["layer_mask", "real_tokens", "recurrent_mask", "visible_keys"]
-
 
 def real_tokens(mask: Any, past: int, length: int) -> Tensor | None:
     """Which new tokens are no padding, from a mask in whatever form `generate` has prepared it.
@@ -116,6 +114,11 @@ def recurrent_mask(mask: Tensor | None, rows: Tensor, valid: Tensor | None) -> T
         return valid
     mask = mask.gather(1, rows.to(mask.device))
     return mask if valid is None else mask * valid.to(mask.device)
+
+
+def additive_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask (True = attend) as one that is added to logits."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def visible_keys(mask: Any, rows: Tensor, past: int, length: int, window: int | None = None) -> Tensor:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from adaptinfer.errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from torch import Tensor
-
-__all__ = ["Ranks", "sum_over_ranks"]
 
 
 class Ranks:

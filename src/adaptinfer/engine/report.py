@@ -7,16 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
-from adaptinfer.schedule import BEFORE
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adaptinfer.schedule import ModelShape, Schedule
-
-__all__ = ["Report", "StageRecord"]
+from adaptinfer.schedule import BEFORE, ModelShape, Schedule
 
 
 @dataclass(frozen=True)

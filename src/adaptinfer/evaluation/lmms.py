@@ -24,7 +24,7 @@ from lmms_eval.protocol import ChatMessages  # pyright: ignore[reportMissingImpo
 from tqdm import tqdm
 
 from adaptinfer.checkpoints import Checkpoint, DType
-from adaptinfer.engine.attach import Handle
+from adaptinfer.engine.handle import Handle
 from adaptinfer.errors import InputError, UnsupportedError
 from adaptinfer.evaluation.conditions import published
 from adaptinfer.pruners import METHODS, Pruner

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import cache_utils
-from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer, StaticSlidingWindowLayer
 
 from adaptinfer.engine.cache.history import History, Keys
 from adaptinfer.engine.cache.layers import Pruned, PrunedLayer, PrunedSlidingLayer, PrunedStaticBase, twin_of
@@ -39,6 +39,11 @@ def hold(cache: Any, layer: int, history: History) -> None:
             new.capacity = new.total if old.keys is None else old.keys.shape[2]
         layers[layer] = new
     layers[layer].hold(history)
+
+
+def is_plain(layer: Any) -> bool:
+    """Whether a cache layer is dynamic and holds its entries as tensors, one for each token that it was given."""
+    return type(layer) is DynamicLayer or isinstance(layer, PrunedLayer)
 
 
 def announce(cache: Any, layer: int) -> None:

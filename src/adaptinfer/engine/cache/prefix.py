@@ -6,16 +6,12 @@ import copy
 import threading
 from collections import OrderedDict
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from adaptinfer.errors import InputError, UnsupportedError, check_whole
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-__all__ = ["PrefixCache"]
 
 _BOTH_DIRECTIONS = ("paligemma",)
 
@@ -123,7 +119,8 @@ class PrefixCache:
         return tuple(begins[0].tolist()) if bool((begins == begins[0]).all()) else ()
 
     def _computed(self, ids: Tensor) -> Any:
-        from adaptinfer.engine.attach import disabled, is_attached
+        from adaptinfer.engine.attach import disabled
+        from adaptinfer.engine.handle import is_attached
 
         with disabled(self._model) if is_attached(self._model) else nullcontext():
             return self._model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values

@@ -15,10 +15,13 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Captured", "CudaGraphs", "Graphs", "Store"]
-
 _MOST_HOPELESS = 256  # keys that are remembered as not to be captured
 _WARM_UPS = 2  # kernels are chosen and workspaces allocated in runs that are not captured
+
+
+def round_up(count: int, step: int) -> int:
+    """The next multiple of ``step``."""
+    return -(-count // step) * step
 
 
 class Captured(Protocol):

@@ -6,27 +6,22 @@ import inspect
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from adaptinfer.engine.attach import handle_of
-from adaptinfer.engine.cache.access import cache_argument
-from adaptinfer.engine.cache.layers import PrunedLayer
+from adaptinfer.engine.cache.access import cache_argument, is_plain
+from adaptinfer.engine.calls import Generation
+from adaptinfer.engine.forward import Forward
 from adaptinfer.engine.graphs.capture import CudaGraphs, Graphs, Store
-from adaptinfer.engine.graphs.decoding import DecodingGraph, Lease, LentLayer, groups_of
+from adaptinfer.engine.graphs.decoding import DecodingGraph, Lease, groups_of
 from adaptinfer.engine.graphs.prefill import CACHE_NAMES, PrefillGraph, bucket_of
 from adaptinfer.engine.guards import arguments_of
+from adaptinfer.engine.handle import Handle, handle_of
 from adaptinfer.errors import check_whole
 from adaptinfer.schedule import BEFORE
-
-if TYPE_CHECKING:
-    from adaptinfer.engine.attach import Generation, Handle
-    from adaptinfer.engine.forward import Forward
-
-__all__ = ["Compiled", "compile"]
 
 _MOST_ROOM = 256  # tokens that a decoding graph has room for at most; a longer answer moves on to another graph
 _GIVEN = ("inputs_embeds", "attention_mask", "position_ids", "input_ids", "use_cache", *CACHE_NAMES)
@@ -57,7 +52,7 @@ def compile(model: Any, *, max_graphs: int = 16, bucket: int = 16) -> Compiled:
         InputError: ``max_graphs`` or ``bucket`` is no whole number from 1 on.
     """
     handle = handle_of(model)
-    device = next(handle.decoder.parameters()).device
+    device = next(handle.attachment.decoder.parameters()).device
     graphs = CudaGraphs(device) if device.type == "cuda" else None
     return Compiled(handle, graphs, device, max_graphs, bucket)
 
@@ -70,10 +65,10 @@ class Compiled:
     ) -> None:
         for name, value in (("max_graphs", max_graphs), ("bucket", bucket)):
             check_whole(name, value)
-        self._handle, self._device, self._bucket = handle, device, bucket
+        self._handle, self._attachment, self._device, self._bucket = handle, handle.attachment, device, bucket
         self._store: Store[Any] = Store(max_graphs, lambda: self._graphs.wait())
         self._said: set[str] = set()
-        self._decoder: Any = handle.decoder
+        self._decoder: Any = handle.attachment.decoder
         self._cache_name = next(
             (name for name in CACHE_NAMES if name in inspect.signature(self._decoder.forward).parameters), "cache"
         )
@@ -84,7 +79,7 @@ class Compiled:
         if reason is not None:
             self._say(reason)
         else:
-            handle.compile_with(self)
+            handle.run_decoder_by(self)
 
     def __len__(self) -> int:
         return len(self._store)
@@ -100,7 +95,7 @@ class Compiled:
 
     def remove(self) -> None:
         """Run the model uncompiled again, and drop all graphs. Doing it twice is harmless."""
-        self._handle.uncompile(self)
+        self._handle.stop_running_by(self)
         self.clear()
 
     # -- in place of the decoder's forward --------------------------------------------------------------------------
@@ -117,7 +112,7 @@ class Compiled:
         arguments = arguments_of(run, args, kwargs)
         if state.layout is not None:
             reason, work = self._reason_of_prefill(state, arguments), self._prefill
-        elif state.length == 1 and state.past and self._handle.generation is not None:
+        elif state.length == 1 and state.past and self._attachment.calls.generation is not None:
             reason, work = self._reason_of_decoding(arguments), self._decode
         else:
             return run(*args, **kwargs)
@@ -139,7 +134,7 @@ class Compiled:
         positions = arguments.get("position_ids")
         if positions is None:
             positions = torch.arange(layout.length, device=embeddings.device)[None]
-        bucket = bucket_of(layout, state.stages, self._bucket)
+        bucket = bucket_of(layout, state.plan.stages, self._bucket)
         cache = cache_argument(arguments)
         wanted = arguments.get("use_cache")
         if cache is None and (getattr(self._decoder.config, "use_cache", True) if wanted is None else wanted):
@@ -153,7 +148,7 @@ class Compiled:
                 self._cache_name,
                 (embeddings, positions),
                 options,
-                self._handle.bounded_forward,
+                self._attachment,
                 self._eager,
                 len(self._decoder.layers),
             )
@@ -164,7 +159,11 @@ class Compiled:
             return None if graph is None else graph.run(embeddings, positions, state, cache)
 
     def _decode(self, run: Callable[..., Any], state: Forward, arguments: dict[str, Any]) -> Any:
-        call, cache, embeddings = self._handle.generation, cache_argument(arguments), arguments["inputs_embeds"]
+        call, cache, embeddings = (
+            self._attachment.calls.generation,
+            cache_argument(arguments),
+            arguments["inputs_embeds"],
+        )
         assert call is not None and state.past is not None
         positions = arguments.get("position_ids")
         if positions is None:
@@ -209,8 +208,7 @@ class Compiled:
                 like,
                 stored,
                 options,
-                self._handle,
-                self._handle.family,
+                self._attachment,
                 self._eager,
             )
 
@@ -257,7 +255,7 @@ class Compiled:
             warnings.warn(f"adaptinfer.compile: {reason}; this runs uncompiled, with the same answers", stacklevel=2)
 
     def _reason_of_model(self) -> str | None:
-        family, pruner, decoder = self._handle.family, self._handle.pruner, self._decoder
+        family, pruner, decoder = self._attachment.family, self._attachment.pruner, self._decoder
         backend = _backend(decoder)
         if backend not in ("sdpa", "eager"):
             return f"attention backend {backend!r} reads masks or positions on the host; load the model with 'sdpa'"
@@ -276,7 +274,7 @@ class Compiled:
             return f"{pruner.name} settles while it runs how many tokens stay, and a graph must know beforehand"
         if pruner.observes:
             return f"{pruner.name} looks at every layer, and nothing is dropped"
-        if self._handle.is_split:
+        if self._attachment.ranks.several:
             return "tensor parallelism adds scores up over ranks, which is not captured yet"
         if len({parameter.device for parameter in decoder.parameters()}) > 1:
             return "the decoder lies on several devices"
@@ -286,10 +284,10 @@ class Compiled:
         layout, cache = state.layout, cache_argument(arguments)
         assert layout is not None
         if state.past:
-            return "" if not state.stages else "a prompt on a cache that holds tokens already is not captured"
-        if BEFORE in state.stages:
-            return f"{self._handle.pruner.name} selects before the language model, which is not captured"
-        call = self._handle.generation
+            return "" if not state.plan.stages else "a prompt on a cache that holds tokens already is not captured"
+        if BEFORE in state.plan.stages:
+            return f"{self._attachment.pruner.name} selects before the language model, which is not captured"
+        call = self._attachment.calls.generation
         if call is not None and call.prompt < state.length:
             return "a prefill with guesses of assisted decoding is not captured"
         if cache is not None and not _is_plain(cache):
@@ -356,5 +354,5 @@ def _is_plain(cache: Any) -> bool:
         and layers is not None
         and not getattr(cache, "offloading", False)
         and getattr(cache, "layer_class_to_replicate", None) in (None, DynamicLayer)
-        and all(type(layer) in (DynamicLayer, PrunedLayer, LentLayer) for layer in layers)
+        and all(map(is_plain, layers))
     )

@@ -10,23 +10,19 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from adaptinfer.engine.attachment import Attachment
 from adaptinfer.engine.cache.history import History
 from adaptinfer.engine.cache.layers import PrunedLayer
+from adaptinfer.engine.calls import Generation
 from adaptinfer.engine.forward import ACTIVE
-from adaptinfer.engine.graphs.capture import Captured, Graphs
-from adaptinfer.engine.graphs.prefill import round_up
-
-if TYPE_CHECKING:
-    from adaptinfer.engine.attach import Generation
-    from adaptinfer.engine.families import Family
-
-__all__ = ["DecodingGraph", "Group", "Lease", "LentLayer", "groups_of"]
+from adaptinfer.engine.graphs.capture import Captured, Graphs, round_up
+from adaptinfer.engine.masks import additive_mask
 
 
 @dataclass(frozen=True)
@@ -116,8 +112,7 @@ class DecodingGraph:
         like: arguments of a call: ``inputs_embeds`` [B, 1, d] and ``position_ids`` [.., 1].
         keys, values: of each layer, [B, K, n, D], for their shapes.
         options: further arguments, no tensors.
-        owner: the handle.
-        family: of the model.
+        owner: the attached model.
         eager: whether masks are added to the logits.
     """
 
@@ -130,8 +125,7 @@ class DecodingGraph:
         like: tuple[Tensor, Tensor],
         stored: list[tuple[Tensor, Tensor]],
         options: dict[str, Any],
-        owner: object,
-        family: Family,
+        owner: Attachment,
         eager: bool,
     ) -> None:
         embeddings = like[0]
@@ -157,16 +151,16 @@ class DecodingGraph:
             group = group_of[layer]
             changed: dict[str, Any] = {"attention_mask": masks[group]}
             if group.compact:
-                assert family.rotary is not None
+                assert owner.family.rotary is not None
                 changed["position_ids"] = self._positions - self._shared[group].shift
-                changed["position_embeddings"] = family.rotary(hidden, changed["position_ids"])
+                changed["position_embeddings"] = owner.family.rotary(hidden, changed["position_ids"])
             return changed
 
         def run() -> tuple[Tensor, type]:
             masks = {}
             for group, shared in self._shared.items():
                 shared.seen.index_fill_(3, shared.place, True)
-                masks[group] = _added(shared.seen, embeddings.dtype) if eager else shared.seen
+                masks[group] = additive_mask(shared.seen, embeddings.dtype) if eager else shared.seen
             layers: list[Any] = [
                 _Room(keys, values, self._shared[group_of[layer]].place)
                 for layer, (keys, values) in enumerate(self._stored)
@@ -349,8 +343,3 @@ def _entries_seen(history: History | None, held: int, mask: Tensor | None) -> Te
         return valid
     padding = mask[:, :held] if entries is None else mask.gather(1, entries.columns.expand(mask.shape[0], -1))
     return padding.bool() & valid
-
-
-def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask to be added to logits."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)

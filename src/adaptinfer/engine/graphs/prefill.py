@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from adaptinfer.engine.attachment import Attachment
 from adaptinfer.engine.cache.access import announce, hold
 from adaptinfer.engine.cache.layers import PrunedLayer
-from adaptinfer.engine.choosing import Segment
 from adaptinfer.engine.forward import ACTIVE, Forward
-from adaptinfer.engine.graphs.capture import Captured, Graphs
+from adaptinfer.engine.graphs.capture import Captured, Graphs, round_up
 from adaptinfer.engine.layout import PromptLayout
+from adaptinfer.engine.masks import additive_mask
 from adaptinfer.engine.report import StageRecord
-
-__all__ = ["CACHE_NAMES", "Bucket", "PrefillGraph", "bucket_of", "round_up"]
+from adaptinfer.engine.segment import CallPlan, Segment
 
 CACHE_NAMES = ("cache", "past_key_values")  # in newer and older transformers
 
@@ -57,11 +57,6 @@ def bucket_of(layout: PromptLayout, stages: dict[int, tuple[int, ...]], step: in
     return Bucket(rows, length, text, padded, layout.vision_counts, tuple(stages.items()))
 
 
-def round_up(count: int, step: int) -> int:
-    """The next multiple of ``step``."""
-    return -(-count // step) * step
-
-
 class _Fresh(PrunedLayer):
     """A cache layer of one prefill: it takes what it is given as it is."""
 
@@ -69,18 +64,6 @@ class _Fresh(PrunedLayer):
         self.announced, self.is_initialized = False, True
         self.keys, self.values = key_states, value_states
         return key_states, value_states
-
-
-class _Bounded(Forward):
-    """A `Forward` that remembers all of its segments."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.segments: list[Segment] = []
-
-    def _announce(self, segment: Segment) -> None:
-        super()._announce(segment)
-        self.segments.append(segment)
 
 
 @dataclass
@@ -105,7 +88,7 @@ class PrefillGraph:
         cache_name: what that calls its cache.
         like: arguments of a call of this bucket: ``inputs_embeds`` [B, N, d] and ``position_ids`` [.., N].
         options: further arguments, no tensors.
-        forward: makes a `Forward` for a layout, as a class and everything but the layout's.
+        owner: the attached model.
         eager: whether masks are added to the logits.
     """
 
@@ -119,7 +102,7 @@ class PrefillGraph:
         cache_name: str,
         like: tuple[Tensor, Tensor],
         options: dict[str, Any],
-        forward: Callable[[type[Forward], PromptLayout, dict[int, tuple[int, ...]]], Any],
+        owner: Attachment,
         eager: bool,
         num_layers: int,
     ) -> None:
@@ -144,8 +127,11 @@ class PrefillGraph:
             bounds=True,
         )
 
+        stages = dict(bucket.stages)
+        plan = CallPlan(past=0, length=length, tail=length, layout=layout, stages=stages, flash=False)
+
         def run() -> _Made:
-            state = forward(_Bounded, layout, dict(bucket.stages))
+            state = Forward(owner, plan)
             layers: list[Any] = [_Fresh() for _ in range(num_layers)]
             mask = _causal_mask(self._real, self._embeddings.dtype if eager else None) if bucket.padded else None
             token = ACTIVE.set(state)
@@ -158,12 +144,19 @@ class PrefillGraph:
                 )
             finally:
                 ACTIVE.reset(token)
-            state.check_stages()
+            state.stages.check()
             field = next(name for name in CACHE_NAMES if name in out)
             if set(out) != {"last_hidden_state", field}:
                 raise RuntimeError(f"the decoder returns more than hidden states and a cache: {', '.join(out)}")
             pairs: Any = [(layer.keys, layer.values) for layer in layers]
-            return _Made(out.last_hidden_state, pairs, state.records, state.segments, type(out), field)
+            return _Made(
+                out.last_hidden_state,
+                pairs,
+                state.stages.records,
+                list(state.stages.segments.values()),
+                type(out),
+                field,
+            )
 
         inputs = [self._embeddings, self._positions, *marks]
         self._captured: Captured = graphs.capture(run, inputs)
@@ -196,15 +189,15 @@ class PrefillGraph:
         self._captured.replay()
         made: _Made = self._captured.outputs
         segments = self._take_choices(made, state, layout)
-        state.cache, count = cache, layout.length
+        state.cache, count, segment = cache, layout.length, None
         for layer, (keys, values) in enumerate(made.layers):
             if layer - 1 in segments:
-                state.segment = segments[layer - 1]
-                count = state.segment.index.shape[1]
+                segment = state.stages.segment = segments[layer - 1]
+                count = segment.index.shape[1]
             if cache is None:
                 continue
-            if state.segment is not None:
-                hold(cache, layer, state.history_after(state.segment, None))
+            if segment is not None:
+                hold(cache, layer, state.inputs.history_after(segment, None))
                 announce(cache, layer)
             cache.update(keys[:, :, -count:], values[:, :, -count:], layer)  # which copies them
         return made.output(**{"last_hidden_state": _last(made.hidden, count), made.cache_field: cache})
@@ -234,7 +227,7 @@ class PrefillGraph:
             vision, text = _last(wide.vision, count), _last(wide.text, count)
             valid = None if wide.valid is None or layout.all_real(totals) else _last(wide.valid, count)
             segments[record.layer] = Segment(record.layer, index, index, valid, vision, text)
-            state.records.append(
+            state.stages.records.append(
                 StageRecord(
                     layer=record.layer,
                     entered=record.entered - left,
@@ -265,6 +258,4 @@ def _causal_mask(real: Tensor, additive: torch.dtype | None) -> Tensor:
     """What tokens see in a prompt with padding, [B, 1, N, N]: bool, or 0 and the least number of a dtype."""
     place = torch.arange(real.shape[1], device=real.device)
     seen = (place[:, None] >= place[None, :]) & real[:, None, None, :]
-    if additive is None:
-        return seen
-    return torch.zeros(seen.shape, dtype=additive, device=real.device).masked_fill(~seen, torch.finfo(additive).min)
+    return seen if additive is None else additive_mask(seen, additive)

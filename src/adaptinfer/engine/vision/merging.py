@@ -7,24 +7,18 @@ equal tokens computes the same. Groups form between a block's attention and its 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from adaptinfer.engine.vision.tower import RECORDING
+from adaptinfer.engine.patches import Patches
+from adaptinfer.engine.vision.tower import RECORDING, Encoded, Tower
 from adaptinfer.errors import UnsupportedError
 from adaptinfer.functional import gather_tokens, marked_first
 from adaptinfer.pruners.tome import match
 from adaptinfer.pruners.views import Read
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
-    from adaptinfer.engine.vision.tower import Encoded, Tower
-
-__all__ = ["TowerMerging", "merge_step"]
 
 _TOWERS = ("clip_vision_model", "siglip_vision_model")  # whose blocks add attention straight to their input
 GROUPS = Read("groups")
@@ -51,7 +45,7 @@ class TowerMerging:
         self.blocks = max(layer if layer >= 0 else depth + 1 + layer for layer in layers)
         self.tower, self._groups = tower, groups
 
-    def install(self, before: Callable, after: Callable) -> None:
+    def install(self, patches: Patches) -> None:
         """Put the hooks on; the keys come from the tower's taps."""
         for number in range(self.blocks):
             entered: dict[int, Tensor] = {}
@@ -75,8 +69,8 @@ class TowerMerging:
                 merged = self._merge(recording, number, hidden + attended) - hidden
                 return (merged, *output[1:]) if isinstance(output, tuple) else merged
 
-            before(self.tower.blocks[number], enter)
-            after(self.tower.attention(number), leave)
+            patches.before(self.tower.blocks[number], enter)
+            patches.after(self.tower.attention(number), leave)
 
     @torch.no_grad()
     def _merge(self, recording: Encoded, number: int, states: Tensor) -> Tensor:

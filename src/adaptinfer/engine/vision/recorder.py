@@ -9,20 +9,19 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import AttentionInterface
 
+from adaptinfer.engine.layout import PromptLayout
+from adaptinfer.engine.patches import Patches
+from adaptinfer.engine.selection import Images
 from adaptinfer.engine.vision.merging import TowerMerging
-from adaptinfer.engine.vision.tower import RECORDING, Encoded, Tower
+from adaptinfer.engine.vision.tower import RECORDING, TOWER_ATTENTION, Encoded, Tower, attention_in_tower
 from adaptinfer.pruners.views import Read
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
-
-__all__ = ["Recorder"]
 
 _PROJECTED = frozenset({"llava", "llava_next"})  # a projector that takes tokens one by one, and nothing behind it
 
@@ -56,32 +55,34 @@ class Recorder:
         self.projector = base.multi_modal_projector if self.model_type in _PROJECTED else None
         self.kinds = {kind: _placeholders(config, kind) for kind in ("image", "video")}
 
-    def install(self, override: Callable, retune: Callable, before: Callable, after: Callable, store: Callable) -> None:
+    def install(self, patches: Patches, store: Callable[[], list[Encoded] | None]) -> None:
         """Put the hooks on.
 
         Args:
-            override: (owner, name, function): replace a method of an object until `detach`.
-            retune: (module, its config, the config that names our attention).
-            before: (module, hook).
-            after: (module, hook).
+            patches: of the attached model.
             store: () -> the list that encodings of the present call go to; None if nobody wants them.
         """
+        AttentionInterface.register(TOWER_ATTENTION, attention_in_tower)
         for kind in ("image", "video"):
             name = f"get_{kind}_features"
             if hasattr(self.base, name):
-                override(self.base, name, self._recorded(kind, getattr(self.base, name), store))
+                patches.override(self.base, name, self._recorded(kind, getattr(self.base, name), store))
         if hasattr(self.base, "pack_image_features"):
-            override(self.base, "pack_image_features", self._traced(self.base.pack_image_features))
+            patches.override(self.base, "pack_image_features", self._traced(self.base.pack_image_features))
         if self.tower is None:
             return
-        for module, config, tapped in self.tower.tapped():
-            retune(module, config, tapped)
+        for module, tapped in self.tower.tapped():
+            patches.config(module, tapped)
         if self._merging is not None:
-            self._merging.install(before, after)
+            self._merging.install(patches)
         for read, block in self.tower.hidden_reads():
-            after(block, functools.partial(_take_output, read))
+            patches.after(block, functools.partial(_take_output, read))
         if self.projector is not None and Read("projector") in self.reads:
-            before(self.projector, _take_input)
+            patches.before(self.projector, _take_input)
+
+    def images(self, encoded: Sequence[Encoded], ids: Tensor, layout: PromptLayout) -> Images:
+        """Encoded images, tied to the tokens of a prompt: ids int64 [B, N] and their layout."""
+        return Images(encoded, ids, layout, self.kinds, self.tower, self.model_type, self.projector)
 
     def _recorded(self, kind: str, run: Any, store: Callable[[], list[Encoded] | None]) -> Any:
         @functools.wraps(run)

@@ -9,24 +9,18 @@ from __future__ import annotations
 import copy
 import math
 import sys
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adaptinfer.engine.families import own_attention
 from adaptinfer.errors import UnsupportedError
 from adaptinfer.functional import attention_rows
 from adaptinfer.pruners.views import Read
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from torch import Tensor
-
-__all__ = ["RECORDING", "TOWER_ATTENTION", "Encoded", "Tower", "attention_in_tower", "tower_of"]
 
 TOWER_ATTENTION = "adaptinfer_tower"
 RECORDING: ContextVar[Encoded | None] = ContextVar("adaptinfer_recording", default=None)
@@ -116,15 +110,15 @@ class Tower:
             "divprune"
         )
 
-    def tapped(self) -> Iterator[tuple[Any, Any, Any]]:
-        """Attention modules to tap: (module, its config, the config that names ours)."""
+    def tapped(self) -> Iterator[tuple[Any, Any]]:
+        """Attention modules to tap, each with a config that names our attention function."""
         for block in sorted({self.reads[read] for read in self.reads if read.what != "hidden"}):
             module = self.attention(block)
             config = copy.copy(module.config)
             config._attn_implementation_internal = TOWER_ATTENTION
             config.adaptinfer_original = module.config
             config.adaptinfer_tower = self, [read for read in self.reads if self.reads[read] == block]
-            yield module, module.config, config
+            yield module, config
 
     def hidden_reads(self) -> Iterator[tuple[Read, Any]]:
         """Reads of hidden states, with the block behind which each is taken."""
