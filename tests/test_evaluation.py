@@ -354,6 +354,20 @@ def test_a_control_that_knows_the_evidence_can_be_asked_for():
     assert found.is_control and found.seeds == 3
 
 
+class Mine(Random):
+    """A method from outside of the package."""
+
+    name = "mine"
+
+
+def test_a_method_of_the_users_own_takes_part_by_its_address():
+    found = conditions([f"{__name__}:Mine", "adaptinfer"], [0.3], controls=False)
+    assert [each.name for each in found] == ["vanilla", "mine 0.3", "adaptinfer 0.3"]
+    assert type(found[1].pruner) is Mine and found[1].seeds == 3
+    with pytest.raises(PrunerError, match="nowhere:Mine"):
+        conditions(["nowhere:Mine"], [0.3])
+
+
 def test_conditions_that_make_no_sense():
     with pytest.raises(InputError, match="there is no method 'fast'"):
         conditions(["fast"], [0.3])

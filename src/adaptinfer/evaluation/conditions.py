@@ -11,7 +11,9 @@ from typing import Any, get_args
 from adaptinfer.checkpoints import Checkpoint
 from adaptinfer.errors import AdaptInferError, InputError
 from adaptinfer.evaluation.controls import ORACLES, RESIZED, VIEWS, Evidence
+from adaptinfer.pruners import Random, registry
 from adaptinfer.pruners.before import SelectsBefore, TwoPart
+from adaptinfer.pruners.config import from_pretrained
 from adaptinfer.pruners.contracts import Positions, Pruner, PrunerError
 from adaptinfer.schedule import Schedule, ScheduleError
 
@@ -83,7 +85,7 @@ def conditions(
     """Vanilla, then every method at every budget, presets, schedules from files, saved pruners, and controls.
 
     Args:
-        methods: names in `METHODS` or `ORACLES`; the first is the one that others are compared with.
+        methods: names or addresses as `method_of` takes them; the first is the one that others are compared with.
         budgets: true averages in tokens, or below 1 as shares.
         positions: none leaves a method its own; several stand side by side, as an ablation.
         presets: ``[method:]model/label``, published schedules with their papers' positions.
@@ -97,29 +99,23 @@ def conditions(
         PrunerError: a saved pruner or a budget that makes no sense.
         ScheduleError: an unknown preset, or a file that holds no schedule.
     """
-    from adaptinfer.pruners import METHODS, Random
-    from adaptinfer.pruners.config import from_pretrained
-
-    known: dict[str, type[Pruner]] = {**METHODS, **ORACLES}
-    for method in methods:
-        if method not in known:
-            raise InputError(f"method: there is no method {method!r}; there are {', '.join(known)}")
+    known = {name: method_of(name) for name in methods}
     for way in positions:
         if way not in get_args(Positions):
             raise InputError(f"positions: must be one of {', '.join(get_args(Positions))}, not {way!r}")
     for budget in budgets:
         Random(budget=budget)  # raises for what no method could take
-    if controls and "random" not in methods:
-        methods = [*methods, "random"]
+    if controls:
+        known.setdefault("random", Random)
     found = [Condition(VANILLA, VANILLA)]
-    for method in methods:
+    for name, method in known.items():
         for way in positions or [None]:
             # Which tokens stay is up to chance either way, so one row of `random` is enough.
-            if method == "random" and way not in (None, *positions[:1]):
+            if name == "random" and way not in (None, *positions[:1]):
                 continue
-            label = way if len(positions) > 1 and method != "random" else None
+            label = way if len(positions) > 1 and name != "random" else None
             settings = {} if way is None else {"positions": way}
-            found += [_condition(known[method], budget, settings, label, seeds) for budget in budgets]
+            found += [_condition(method, budget, settings, label, seeds) for budget in budgets]
     found += [Condition(name, name, None, published(name)) for name in presets]
     found += [_from_file(name, seeds) for name in schedules]
     for path in saved:
@@ -177,6 +173,21 @@ def _row(name: str, series: str, budget: float | None, pruner: Pruner, seeds: in
     return Condition(name, series, budget, pruner, seeds=seeds if _has_seed(type(pruner)) else 1)
 
 
+def method_of(name: str, asker: str = "method") -> type[Pruner]:
+    """A method by its name (a control that knows the evidence, or one of the registry), or ``package.module:Class``.
+
+    Raises:
+        InputError: there is none of that name; begins with ``asker``.
+        PrunerError: there is no such class.
+    """
+    there = [*registry.names(), *ORACLES]
+    if name not in there and ":" not in name:
+        raise InputError(
+            f"{asker}: there is no method {name!r}; there are {', '.join(there)}, and package.module:Class"
+        )
+    return ORACLES.get(name) or registry.find(name)
+
+
 def published(name: str) -> Pruner:
     """``[method:]model/label`` as its paper ran it; the default method is AdaptInfer.
 
@@ -184,25 +195,18 @@ def published(name: str) -> Pruner:
         InputError: there is no such method.
         PrunerError, ScheduleError: it has no such published schedule.
     """
-    from adaptinfer.pruners import METHODS
-
     method, _, schedule = name.rpartition(":")
     model, _, label = schedule.partition("/")
-    kind = METHODS.get(method or "adaptinfer")
-    if kind is None:
-        raise InputError(f"preset {name!r}: there is no method {method!r}; there are {', '.join(METHODS)}")
-    return kind.paper(label, model)
+    return method_of(method or "adaptinfer", f"preset {name!r}").paper(label, model)
 
 
 def _from_file(name: str, seeds: int) -> Condition:
     """``[method:]file``; the default method is AdaptInfer."""
-    from adaptinfer.pruners import METHODS
-
     method, _, file = name.partition(":")
-    if method not in METHODS:  # the colon, if there is one, is the file's
+    if method not in registry.names():  # the colon, if there is one, is the file's
         method, file = "adaptinfer", name
     path = Path(file)
-    pruner = METHODS[method](schedule=Schedule.load(path))
+    pruner = registry.find(method)(schedule=Schedule.load(path))
     label = path.resolve().parent.name if path.stem == "schedule" else path.stem
     return _row(f"{method} {label}", f"{method} {label}", None, pruner, seeds)
 

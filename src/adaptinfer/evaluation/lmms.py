@@ -26,8 +26,8 @@ from tqdm import tqdm
 from adaptinfer.checkpoints import Checkpoint, DType
 from adaptinfer.engine.handle import Handle
 from adaptinfer.errors import InputError, UnsupportedError
-from adaptinfer.evaluation.conditions import published
-from adaptinfer.pruners import METHODS, Pruner
+from adaptinfer.evaluation.conditions import method_of, published
+from adaptinfer.pruners import Pruner
 from adaptinfer.pruners.config import from_pretrained
 
 _MAX_NEW_TOKENS = 1024  # default where a task sets none, as in lmms-eval's own models
@@ -43,7 +43,7 @@ class AdaptInferModel(lmms):
 
     Args:
         pretrained: ``"embedded"``, a checkpoint folder, or an id on the Hugging Face hub.
-        method: a name in `METHODS`; None prunes nothing.
+        method: a name, or ``package.module:Class`` for a method of yours; None prunes nothing.
         budget: true average of vision tokens given to a layer, or below 1 a share of them.
         preset: a published schedule in place of all settings of a method, such as ``llava-1.5-7b/64``.
         pruner: a folder that `Pruner.save_pretrained` wrote, in place of all settings of a method.
@@ -195,9 +195,7 @@ def _pruner(
         if settings:
             raise InputError(f"model_args: {' and '.join(settings)} needs a method, such as method=adaptinfer")
         return None
-    if method not in METHODS:
-        raise InputError(f"model_args: there is no method {method!r}; there are {', '.join(METHODS)}")
-    kind = METHODS[method]
+    kind = method_of(method, "model_args")
     if seed is not None and "seed" not in {field.name for field in dataclasses.fields(kind)}:
         raise InputError(f"model_args: {method} has no chance in it, so leave out seed")
     return kind(**settings)

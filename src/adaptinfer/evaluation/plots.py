@@ -110,11 +110,15 @@ def _lines(task: dict[str, Any]) -> list[_Line]:
         _Line(
             name,
             sorted(found[name], key=lambda row: -row["true_average_share"]),
-            "control" if found[name][0]["control"] else stage_of(METHODS.get(found[name][0]["method"])),
+            _panel_of(found[name][0]),
             colours.get(name),
         )
         for name in ranked
     ]
+
+
+def _panel_of(row: Entry) -> str:
+    return "control" if row["control"] else row.get("stage") or stage_of(METHODS.get(row["method"]))
 
 
 def _range(lines: Sequence[_Line], whole: dict[str, float]) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from adaptinfer.evaluation.conditions import VANILLA, Condition
+from adaptinfer.evaluation.conditions import VANILLA, Condition, stage_of
 from adaptinfer.evaluation.journal import Record
 from adaptinfer.evaluation.metrics import RIGHT, normalise, yes_or_no
 from adaptinfer.evaluation.plan import EvaluationPlan
@@ -122,6 +122,7 @@ def _described(condition: Condition) -> dict[str, Any]:
         "budget": condition.budget,
         "control": condition.is_control,
         "pruned": condition.pruner is not None,
+        "stage": None if condition.pruner is None else stage_of(type(condition.pruner)),
         "positions": None if condition.pruner is None else condition.pruner.positions,
         "reference": None if condition.pruner is None else condition.pruner.reference,
         "seeds": condition.seeds,
