@@ -377,6 +377,8 @@ def test_conditions_that_make_no_sense():
         conditions(["adaptinfer"], [0.0])
     with pytest.raises(InputError, match="would be run twice"):
         conditions(["adaptinfer"], [0.3, 0.3])
+    with pytest.raises(InputError, match="would be run twice"):
+        conditions(["adaptinfer", "adaptinfer"], [0.3])
     with pytest.raises(PrunerError, match="random has no published schedule"):
         conditions([], [], presets=["random:llava-1.5-7b/64"])
     with pytest.raises(InputError, match="there is no method 'fast'"):

@@ -99,16 +99,16 @@ def conditions(
         PrunerError: a saved pruner or a budget that makes no sense.
         ScheduleError: an unknown preset, or a file that holds no schedule.
     """
-    known = {name: method_of(name) for name in methods}
+    known = [(name, method_of(name)) for name in methods]
     for way in positions:
         if way not in get_args(Positions):
             raise InputError(f"positions: must be one of {', '.join(get_args(Positions))}, not {way!r}")
     for budget in budgets:
         Random(budget=budget)  # raises for what no method could take
-    if controls:
-        known.setdefault("random", Random)
+    if controls and "random" not in methods:
+        known.append(("random", Random))
     found = [Condition(VANILLA, VANILLA)]
-    for name, method in known.items():
+    for name, method in known:
         for way in positions or [None]:
             # Which tokens stay is up to chance either way, so one row of `random` is enough.
             if name == "random" and way not in (None, *positions[:1]):
