@@ -50,6 +50,7 @@ $(VLLM_READY): requirements-vllm.lock pyproject.toml
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/pyright --warnings
 
 # The documentation site, in build/site. A broken link or a docstring that does not parse is an error. Works offline.
