@@ -88,8 +88,8 @@ def rows(draw):
     plan = planner(Schedule((Stage(1, 0.5), Stage(3, 0.4), Stage(4, 0.0)), 6))
     made = []
     for _ in range(draw(st.integers(1, 5))):
-        before, vision, behind = (draw(st.integers(0, 6)) for _ in range(3))
-        length = max(1, before + vision + behind)
+        before, vision, after = (draw(st.integers(0, 6)) for _ in range(3))
+        length = max(1, before + vision + after)
         prompt = plan.prompt(length, [(before, before + vision)])
         if draw(st.booleans()):
             made.append(Row(prompt, length + draw(st.integers(0, 9)), draw(st.integers(1, 3))))

@@ -1,4 +1,4 @@
-"""Right under load: preemption, aborts, reused blocks, prefixes, chunks; and nothing left behind."""
+"""Right under load: preemption, aborts, reused blocks, prefixes, chunks; and nothing left over."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ def test_requests_that_arrive_while_others_decode(folder, reference):
         assert all(tokens == wanted[int(name)] for name, tokens in finished.items())
 
 
-def test_prefixes_are_shared_before_the_picture_and_never_behind(folder, reference, monkeypatch):
-    """The same system prompt and picture with other questions, and with nothing behind the picture: kept whole then."""
+def test_prefixes_are_shared_before_the_picture_and_never_after(folder, reference, monkeypatch):
+    """The same system prompt and picture with other questions, and with nothing after the picture: kept whole then."""
     system, first, second = words(40, 9), picture(1), picture(2)
     requests = []
     for seed in range(8):

@@ -13,7 +13,8 @@ from adaptinfer import AdaptInfer, ScheduleError, UnsupportedError
 from adaptinfer.pruners import METHODS, PrunerError
 from adaptinfer.serving.settings import to_json
 from adaptinfer.serving.vllm_plugin import register
-from adaptinfer.serving.vllm_plugin.setup import CONFIG, pruner_of
+from adaptinfer.serving.vllm_plugin.configuration import pruner_of
+from adaptinfer.serving.vllm_plugin.setup import CONFIG
 
 PRUNER = AdaptInfer(schedule=THREE)
 ALL = {name: method(budget=0.4) for name, method in METHODS.items()}
@@ -77,7 +78,7 @@ def test_what_is_set(configured, monkeypatch):
         ({"kv_transfer_config": {"kv_connector": "x"}}, "--kv-transfer-config: pruned layers hold fewer tokens"),
         ({"enable_lora": True}, "--enable-lora: adapters are applied"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds: placeholders cannot be told"),
-        ({"scheduler_cls": "some.Scheduler"}, "--scheduler-cls: pruning brings a scheduler of its own"),
+        ({"scheduler_cls": "some.Scheduler"}, "--scheduler-cls: pruning comes with its own scheduler"),
         ({"long_prefill_token_threshold": 64}, "--long-prefill-token-threshold: a prompt with vision tokens"),
         ({"max_num_batched_tokens": 256, "max_num_seqs": 8}, "--max-num-batched-tokens: a step must take"),
     ],

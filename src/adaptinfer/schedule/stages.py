@@ -44,7 +44,7 @@ class Schedule:
 
     Methods take `vision_tokens`, the number in the prompt; None stands for the schedule's own.
 
-    Raises ScheduleError for stages that are out of order or in the last layer (whatever it drops, nobody would read),
+    Raises ScheduleError for stages that are out of order or in the last layer (no layer would read what it keeps),
     for keeps that grow, and for values of the wrong type.
     """
 
@@ -194,7 +194,7 @@ class Schedule:
 
     def _prompt_tokens(self, vision_tokens: int | None) -> int:
         if vision_tokens is None and self.vision_tokens is None:
-            raise ScheduleError("vision_tokens: the schedule names no count of its own, so say how many the prompt has")
+            raise ScheduleError("vision_tokens: the schedule has no count; give the number in the prompt")
         return whole("vision_tokens", self.vision_tokens if vision_tokens is None else vision_tokens)
 
 
@@ -207,7 +207,7 @@ def _checked_stages(stages: object, num_layers: int, vision_tokens: int | None) 
             raise ScheduleError(f"stages[{index}]: must be a Stage, not {stage!r}")
     layers = checked_layers("stages[{}].layer", [stage.layer for stage in stages], num_layers, least=BEFORE)
     checked: list[Stage] = []
-    entering = vision_tokens  # None as long as it depends on the prompt
+    entering = vision_tokens  # None while it depends on the prompt
     for index, (layer, stage) in enumerate(zip(layers, stages, strict=True)):
         keep = _checked_keep(f"stages[{index}].keep", stage.keep)
         if isinstance(keep, float):
@@ -252,7 +252,7 @@ def _checked_keep(path: str, keep: object) -> int | float:
 def _fields_of_document(data: Any) -> dict[str, Any]:
     """Constructor arguments from a parsed schedule file; values are left to the constructor's own checks."""
     optional = ("vision_tokens", "nominal", "name")
-    told = "provenance"  # how a schedule came about, for people: read by nobody here
+    told = "provenance"  # how a schedule came about; for people, not read here
     if not isinstance(data, dict):
         raise ScheduleError(f"document: must be a JSON object, not {data!r:.40}")
     if data.get("format", FORMAT) != FORMAT:

@@ -6,16 +6,12 @@ import base64
 import io
 import json
 import urllib.request
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 from PIL import Image
 
 from adaptinfer.errors import InputError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-__all__ = ["check_chat", "check_completion", "inline_pictures"]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _TIMEOUT_SECONDS = 20
@@ -62,7 +58,7 @@ def inline_pictures(body: dict[str, Any]) -> None:
     """Fetch the pictures of a checked chat and put them into it, so that nothing later reads the web or a disk.
 
     Raises:
-        InputError: a picture cannot be fetched or is none.
+        InputError: a picture cannot be fetched or decoded.
     """
     for part, where in _pictures(body):
         url = _url(part)
@@ -137,7 +133,7 @@ def _check_promises(body: dict[str, Any]) -> None:
     if bias is not None and not (isinstance(bias, dict) and all(map(_is_bias, bias.items()))):
         raise InputError('logit_bias: must be an object of token numbers and biases, such as {"7": -1.5}')
     if bias is not None:
-        body["logit_bias"] = {token: float(value) for token, value in bias.items()}  # transformers takes floats alone
+        body["logit_bias"] = {token: float(value) for token, value in bias.items()}  # transformers takes only floats
     if not isinstance(body.get("stream_options") or {}, dict):
         raise InputError("stream_options: must be an object")
     if body.get("generation_config") is not None:
@@ -180,7 +176,7 @@ def _decoded(url: str, where: str) -> bytes:
 def _fetched(url: str, where: str) -> bytes:
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "adaptinfer"})
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:  # of http and https alone
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:  # http or https only
             data = response.read(_LARGEST_BYTES + 1)
     except Exception as error:  # OSError, HTTPException, ValueError of an odd address
         raise InputError(f"{where}: cannot be fetched ({_reason(error)})") from error

@@ -9,17 +9,13 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from adaptinfer.checkpoints import Checkpoint
 from adaptinfer.engine.attach import attach
 from adaptinfer.errors import InputError
+from adaptinfer.pruners import Pruner
 from adaptinfer.serving.requests import check_chat, check_completion, inline_pictures
-
-if TYPE_CHECKING:
-    from adaptinfer.checkpoints import Checkpoint
-    from adaptinfer.pruners import Pruner
-
-__all__ = ["application", "run"]
 
 _MISSING = (
     "adaptinfer serve needs the server that comes with transformers 5.19 and newer: pip install 'adaptinfer[serve]'"
@@ -94,7 +90,7 @@ def application(checkpoint: Checkpoint, pruner: Pruner | None) -> Any:
                 check_completion(body)
             return await handlers[path].handle_request(body, f"chatcmpl-{uuid.uuid4().hex}")
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, TemplateError) as error:
-            # The last five: fields that handlers and chat templates read and nobody checked, such as tools.
+            # The last five: fields that handlers and chat templates read unchecked, such as tools.
             raise HTTPException(400, _first_line(error)) from error
 
     for path in handlers:
@@ -139,8 +135,8 @@ def run(checkpoint: Checkpoint, pruner: Pruner | None, host: str, port: int) -> 
     config = uvicorn.Config(app, host=host, port=port, log_level="info")
     try:
         server_socket = config.bind_socket()
-    except SystemExit:  # uvicorn's way to say it
-        raise InputError(f"--host {host} --port {port}: the address cannot be used, or somebody uses it") from None
+    except SystemExit:  # how uvicorn reports it
+        raise InputError(f"--host {host} --port {port}: the address is invalid or in use") from None
     uvicorn.Server(config).run(sockets=[server_socket])
 
 

@@ -13,8 +13,6 @@ from adaptinfer.pruners.config import from_document, from_pretrained
 from adaptinfer.pruners.contracts import CONFIG_NAME
 from adaptinfer.schedule import Budget, Schedule, ScheduleError, preset
 
-__all__ = ["check_share", "named", "pruner_from", "to_json"]
-
 _MANY = 4096  # vision tokens; what share the first layers take does not depend on how many there are
 
 
@@ -24,7 +22,7 @@ def pruner_from(value: str | dict[str, Any], source: str) -> Pruner:
     Args:
         value: a folder with ``adaptinfer_config.json``, such a file, or a JSON object: ``{"budget": 64}``,
             ``{"method": "random", "schedule": "schedule.json"}``, ``{"preset": "llava-1.5-7b/64"}``. ``method`` is
-            ``adaptinfer`` when nothing is said; a schedule may be a file or an object.
+            ``adaptinfer`` by default; a schedule may be a file or an object.
         source: what to call the setting in an error.
 
     Raises:

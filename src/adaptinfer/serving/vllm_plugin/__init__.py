@@ -4,8 +4,10 @@
     step.py       one forward: scores, survivors, gathers
     model.py      vLLM's Transformers-backend models with hooks
     runner.py     whose tokens a step holds; attention metadata for fewer of them
-    scheduler.py  prompts with vision tokens in one step; blocks that nobody else may read
-    setup.py      what was asked for, what is set for it, what is refused
+    scheduler.py  prompts with vision tokens in one step; cache blocks that other requests may not read
+    setup.py      what was asked for, and what is set for it
+    refusals.py   what cannot be pruned, and why
+    configuration.py  what an engine prunes with
     counts.py     numbers on their way to the front end; metrics.py puts them on the Prometheus endpoint
 
 vLLM calls `register` in each of its processes (entry point ``vllm.general_plugins``). Nothing changes unless a pruner

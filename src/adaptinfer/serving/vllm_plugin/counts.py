@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from adaptinfer.serving.vllm_plugin.plan import Prompt
-
-__all__ = ["Counts"]
+from adaptinfer.serving.vllm_plugin.plan import Prompt
 
 _PREFIX = "adaptinfer/"
 
@@ -17,7 +13,7 @@ class Counts:
     """What prefills did since somebody last asked.
 
     Names of the numbers: ``prefills`` that pruned, ``tokens_in`` vision tokens of all prefills, ``token_layers`` vision
-    tokens given to layers, summed over layers, ``kept/L`` vision tokens that stayed behind a stage in layer L,
+    tokens given to layers, summed over layers, ``kept/L`` vision tokens kept after a stage in layer L,
     ``scoring_us`` microseconds spent in scoring.
     """
 

@@ -9,10 +9,8 @@ from typing import Any
 
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
+from adaptinfer.serving.vllm_plugin.configuration import pruner_of
 from adaptinfer.serving.vllm_plugin.counts import Counts
-from adaptinfer.serving.vllm_plugin.setup import pruner_of
-
-__all__ = ["StatLogger"]
 
 _log = logging.getLogger("vllm.adaptinfer")
 _METRICS = {
@@ -21,7 +19,7 @@ _METRICS = {
     "token_layers": ("adaptinfer:vision_token_layers", "Vision tokens given to a decoder layer, all layers.", 1),
     "scoring_us": ("adaptinfer:scoring_seconds", "Time spent in scoring and selecting.", 1e-6),
 }
-_KEPT = ("adaptinfer:vision_tokens_kept", "Vision tokens that stayed behind the stage in a decoder layer.")
+_KEPT = ("adaptinfer:vision_tokens_kept", "Vision tokens kept after the stage in a decoder layer.")
 
 
 class StatLogger(AggregateStatLoggerBase):
@@ -74,7 +72,7 @@ class StatLogger(AggregateStatLoggerBase):
             if key.startswith("kept/")
         )
         _log.info(
-            "AdaptInfer: pruned prefills: %d, vision tokens in: %d, given to a layer: %.1f, kept behind %s, "
+            "AdaptInfer: pruned prefills: %d, vision tokens in: %d, given to a layer: %.1f, kept after %s, "
             "scoring: %.1f ms",
             recent["prefills"],
             recent["tokens_in"],

@@ -2,16 +2,17 @@
 """vLLM's Transformers-backend models, with layers that are given fewer tokens.
 
 One class serves every vision-language model that vLLM runs through transformers. vLLM's attention stays what it is;
-each segment of layers gets metadata of its own, in which a request has as many tokens as these layers hold of it. Their
-keys and values stand side by side at the start of the request's own blocks.
+each segment of layers gets separate metadata, which counts for each request the tokens that these layers hold. Their
+keys and values are packed at the start of the request's own blocks.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.forward_context import get_forward_context
@@ -23,18 +24,10 @@ from vllm.model_executor.models.transformers.base import VLLM_ATTN_ATTR
 
 from adaptinfer.engine.parallel import sum_over_ranks
 from adaptinfer.errors import UnsupportedError
+from adaptinfer.serving.vllm_plugin.configuration import planner_of, pruner_of
 from adaptinfer.serving.vllm_plugin.plan import plan_step
-from adaptinfer.serving.vllm_plugin.setup import planner_of, pruner_of
+from adaptinfer.serving.vllm_plugin.runner import Batch
 from adaptinfer.serving.vllm_plugin.step import Heads, ScoringClock, Step
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
-    from adaptinfer.serving.vllm_plugin.runner import Batch
-
-__all__ = ["PrunedMoEModel", "PrunedModel", "Pruning"]
 
 _OUTPUT = ("o_proj", "out_proj", "dense", "wo")
 _MLP = ("mlp", "feed_forward", "block_sparse_moe")
@@ -99,7 +92,7 @@ class Pruning:
         self._decoder.norm.register_forward_hook(self._restore)
 
     def _drop_early(self, number: int, part: nn.Module) -> None:
-        """Run a module of a stage's layer for survivors only; nobody reads what it would make of the others."""
+        """Run a module of a stage's layer for survivors only: the output of the other tokens is never read."""
 
         def before(module: nn.Module, args: Any) -> Any:
             survivors = self._survivors(number)

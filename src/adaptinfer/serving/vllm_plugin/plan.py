@@ -2,7 +2,7 @@
 
 A request's counts are a function of its prompt alone, so they are worked out anew wherever they are needed, in the
 scheduler, in every worker, in the front end. Nothing is remembered from one step to the next: there is no entry that a
-preempted, aborted or finished request could leave behind, and none that a later one could find.
+preempted, aborted or finished request could leave over for a later one to find.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from adaptinfer.errors import UnsupportedError
+from adaptinfer.schedule import Budget
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from adaptinfer.pruners import Pruner
-
-__all__ = ["Planner", "Prompt", "Row", "Segment", "plan_step"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Prompt:
 
     @property
     def text(self) -> tuple[int, int]:
-        """The guiding tokens: from behind the last vision token to the end of the prompt."""
+        """The guiding tokens: from after the last vision token to the end of the prompt."""
         return self.spans[-1][1], self.length
 
     @cached_property
@@ -76,8 +75,8 @@ class Planner:
     def prompt(self, length: int, spans: Iterable[tuple[int, int]]) -> Prompt:
         """The plan of a prompt.
 
-        Vision tokens without any text behind them are all kept, for nothing guides. So are those of a picture that is
-        smaller than a budget given in tokens.
+        Vision tokens that no text follows are all kept, since nothing guides the choice. So are those of a picture
+        smaller than a budget in tokens.
 
         Args:
             length: tokens of the prompt.
@@ -94,7 +93,7 @@ class Planner:
     def _layers(self, vision: int) -> tuple[int, ...]:
         if vision not in self._given:
             budget = self.pruner.budget
-            if budget is not None and budget >= max(1, vision):
+            if budget is not None and Budget(budget).share(vision) >= 1:
                 return (vision,) * self.num_layers
             schedule = self.pruner.plan(self.num_layers, vision)
             self._given[vision] = schedule.tokens_per_layer(vision)
@@ -119,7 +118,7 @@ class Row:
         if self.prompt.prunes and not self.decodes and not self.prefills:
             raise UnsupportedError(
                 f"a prompt with vision tokens must be computed in one step, but {self.new} of its {self.prompt.length} "
-                f"tokens came behind {self.computed} others; the scheduler of this plug-in is not the one that runs"
+                f"tokens came after {self.computed} others; the scheduler of this plug-in is not the one that runs"
             )
 
     @property

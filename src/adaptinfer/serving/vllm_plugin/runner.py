@@ -4,22 +4,16 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from adaptinfer.errors import UnsupportedError
-from adaptinfer.serving.vllm_plugin.plan import Row
-from adaptinfer.serving.vllm_plugin.setup import SCORING, vision_spans
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adaptinfer.serving.vllm_plugin.plan import Planner, Prompt, Segment
-
-__all__ = ["Batch", "bind"]
+from adaptinfer.serving.vllm_plugin.configuration import SCORING, vision_spans
+from adaptinfer.serving.vllm_plugin.plan import Planner, Prompt, Row, Segment
 
 
 def bind(runner: Any) -> None:

@@ -1,22 +1,18 @@
 # pyright: reportMissingImports=false
-"""vLLM's scheduler with two rules more: a prompt with vision tokens is computed in one step, and what pruned layers
-hold of it is nobody else's prefix. It also counts vision tokens, for counts follow from prompts alone."""
+"""vLLM's scheduler with two more rules: a prompt with vision tokens is computed in one step, and what pruned layers
+hold of it is never shared as a prefix. It also counts vision tokens, since counts follow from the prompts."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from adaptinfer.serving.vllm_plugin.configuration import SCORING, planner_of, vision_spans
 from adaptinfer.serving.vllm_plugin.counts import Counts
-from adaptinfer.serving.vllm_plugin.setup import SCORING, planner_of, vision_spans
-
-if TYPE_CHECKING:
-    from adaptinfer.serving.vllm_plugin.plan import Prompt
-
-__all__ = ["PruningAsyncScheduler", "PruningScheduler"]
+from adaptinfer.serving.vllm_plugin.plan import Prompt
 
 
 class _Prunes:
@@ -72,7 +68,7 @@ class _Prunes:
 def _hide_blocks(request: Any, first: int) -> None:
     """Give a request's blocks from number ``first`` on hashes that no other prompt has.
 
-    Before it stands text alone, which every layer holds whole: such blocks serve any request with the same beginning.
+    Earlier blocks are text only, which every layer holds in full: they serve any request with the same beginning.
     """
     hash_blocks = request._block_hasher
 

@@ -1,29 +1,23 @@
 """One forward of vLLM's batch: which tokens go on, chosen inside the layers where the plan drops some.
 
-Tokens of all requests lie one behind the other in one row; a request's own are a contiguous part of it. Nothing here
+Tokens of all requests are concatenated in one row; those of one request are contiguous. Nothing here
 reads the device on the host: counts come from the plan.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from adaptinfer.functional import positions_of
+from adaptinfer.pruners import Pruner
 from adaptinfer.pruners.views import StageView
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
-
-    from adaptinfer.pruners import Pruner
-    from adaptinfer.serving.vllm_plugin.plan import Row, Segment
-
-__all__ = ["Heads", "ScoringClock", "Step"]
+from adaptinfer.serving.vllm_plugin.plan import Row, Segment
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,7 @@ class Step:
         return self._stages.get(layer)
 
     def choose(self, layer: int, query: Tensor, key: Tensor, hidden: Tensor, heads: Heads, pruner: Pruner) -> None:
-        """Score the vision tokens of each row that drops some in this layer, and settle what goes on.
+        """Score the vision tokens of each row that drops some in this layer, and decide which tokens go on.
 
         Args:
             layer: the stage's.
@@ -131,7 +125,7 @@ class Step:
         return positions_of(alive, length - vision.shape[1] + keep)[0]
 
     def go_on(self) -> Tensor | None:
-        """Leave the stage's layer behind: where the survivors stand among the tokens it was given."""
+        """Move on from the stage's layer; returns where the survivors stand among the tokens it was given."""
         survivors, self.survivors = self.survivors, None
         if survivors is not None:
             self.tokens = survivors if self.tokens is None else self.tokens[survivors]
