@@ -16,17 +16,19 @@ import adaptinfer
 
 
 @functools.cache
-def _loaded(model: str) -> tuple[Any, Any]:
+def _loaded(model: str, backend: str | None = None) -> tuple[Any, Any]:
     torch.set_num_threads(1)
     return (
         AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval(),
-        AutoProcessor.from_pretrained(model),
+        AutoProcessor.from_pretrained(model, **({"backend": backend} if backend else {})),
     )
 
 
-def reference_tokens(model: str, pruner: adaptinfer.Pruner | None, requests: list[tuple]) -> list[list[int]]:
-    """Answers to (text, pictures, new tokens); None runs the model as it is."""
-    loaded, processor = _loaded(model)
+def reference_tokens(
+    model: str, pruner: adaptinfer.Pruner | None, requests: list[tuple], backend: str | None = None
+) -> list[list[int]]:
+    """Answers to (text, pictures, new tokens); None as the pruner runs the model as it is."""
+    loaded, processor = _loaded(model, backend)
     if hasattr(loaded.base_model, "rope_deltas"):
         loaded.base_model.rope_deltas = None
     answers = []
@@ -41,11 +43,17 @@ def reference_tokens(model: str, pruner: adaptinfer.Pruner | None, requests: lis
 
 
 def chat_answers(model: str, pruner: adaptinfer.Pruner, questions: list[tuple], new: int) -> list[str]:
-    """Answers in words to (text, pictures), each put as a user's message of that many new tokens."""
-    _, processor = _loaded(model)
+    """Answers in words to (text, pictures), each a user's message with that many new tokens.
+
+    The server does not see torchvision (`vision.py`), so it resizes pictures with Pillow, and so does this: the two
+    round pixels differently, which moves logits by 1e-3. On the same pixels vLLM's CPU kernels and ours agree in
+    float32 to 1e-5, so that greedy tokens are compared exactly.
+    """
+    _, processor = _loaded(model, "pil")
     requests = []
     for text, images in questions:
         content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         requests.append((prompt, images, new))
-    return [processor.decode(tokens, skip_special_tokens=True) for tokens in reference_tokens(model, pruner, requests)]
+    answers = reference_tokens(model, pruner, requests, "pil")
+    return [processor.decode(tokens, skip_special_tokens=True) for tokens in answers]
