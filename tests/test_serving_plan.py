@@ -219,3 +219,17 @@ def test_settings_of_every_form(tmp_path):
 def test_settings_that_make_no_sense(value, message):
     with pytest.raises((PrunerError, ScheduleError), match=message.replace("{", "\\{")):
         pruner_from(value, "here")
+
+
+def test_a_setting_names_a_method_outside_the_package(tmp_path, monkeypatch):
+    """A server and the processes that vLLM starts find it by its address, without an edit here."""
+    (tmp_path / "elsewhere.py").write_text(
+        "from dataclasses import dataclass\nfrom adaptinfer.pruners import FastV\n\n"
+        "@dataclass(frozen=True)\nclass Mine(FastV):\n    name = 'mine'\n    strength: float = 1.0\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pruner = pruner_from('{"method": "elsewhere:Mine", "budget": 0.25, "strength": 2.0}', "ADAPTINFER_CONFIG")
+    assert (type(pruner).__name__, pruner.budget, vars(pruner)["strength"]) == ("Mine", 0.25, 2.0)
+    assert pruner_from(to_json(pruner), "additional_config") == pruner
+    with pytest.raises(PrunerError, match="ADAPTINFER_CONFIG: .*elsewhere:Other"):
+        pruner_from('{"method": "elsewhere:Other", "budget": 0.25}', "ADAPTINFER_CONFIG")
