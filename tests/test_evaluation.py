@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
@@ -21,7 +22,7 @@ from PIL import Image
 
 from adaptinfer import METHODS, AdaptInfer, PrunerError, PyramidDrop, Schedule, ScheduleError, Stage, V2Drop
 from adaptinfer.embedded.world import sample_scene
-from adaptinfer.errors import InputError
+from adaptinfer.errors import AdaptInferError, InputError
 from adaptinfer.evaluation.conditions import Condition, conditions, published
 from adaptinfer.evaluation.controls import VIEWS, Evidence, EvidenceBefore, evidence_tokens
 from adaptinfer.evaluation.journal import Journal
@@ -39,6 +40,16 @@ import llava_1_5_7b
 import llava_1_5_13b
 import qwen2_vl_2b
 import table as tables
+
+
+def test_a_missing_extra_is_one_sentence_with_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "adaptinfer.evaluation")
+    with pytest.raises(
+        AdaptInferError, match="needs jinja2, which is not installed: pip install 'adaptinfer\\[eval\\]'"
+    ):
+        importlib.import_module("adaptinfer.evaluation")
+
 
 # ---------------------------------------------------------------------------------------------------- metrics
 

@@ -13,8 +13,15 @@
     latency.py      time to first token and per token, apart from the answers
     statistics.py   paired bootstrap, precision and recall
     summary.py      answers to figures
-    plots.py, report.py, published.py, tables.py    figures to pictures, Markdown, one HTML file, a terminal
+    plots.py        figures to pictures; report.py, templates: to Markdown and one HTML file; published.py: papers'
     lmms.py         the plug-in for lmms-eval
 
 Nothing here changes how a model prunes, and nothing outside needs what is here.
 """
+
+from adaptinfer.extras import needs
+
+with needs("eval", "adaptinfer.evaluation"):  # said here, once, and not by whichever module meets it first
+    import jinja2  # noqa: F401
+    import matplotlib  # noqa: F401
+    import scipy  # noqa: F401
