@@ -34,7 +34,7 @@ from rich.table import Table
 
 from adaptinfer import AdaptInfer, PrefixCache
 from adaptinfer.bench.measure import Bench
-from adaptinfer.bench.prompts import Prompt, prompt
+from adaptinfer.bench.prompts import PromptTensors, prompt
 from adaptinfer.bench.subject import Subject, checked_device
 from adaptinfer.bench.timing import order_of_round, paired_ratios, summarise
 from adaptinfer.bench.variants import VANILLA, Variant, check_variants
@@ -58,7 +58,7 @@ class Way:
 
     name: str
     against: str
-    prompt: Prompt
+    prompt: PromptTensors
     early_drop: bool = True
     within: Callable[[], AbstractContextManager[Any]] = nullcontext
     cache: Callable[[], Any] | None = None

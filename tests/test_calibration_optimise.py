@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from adaptinfer.calibration.objective import FlopCost, KeptMass, TokenCost
-from adaptinfer.calibration.optimise import Programme, frontier, keep_grid, optimise, published_shape, with_layers
+from adaptinfer.calibration.optimise import frontier, optimise, published_shape, with_layers
+from adaptinfer.calibration.programme import Programme, keep_grid
 from adaptinfer.errors import InputError
 from adaptinfer.schedule import ModelShape, Schedule, ScheduleError, Stage
 

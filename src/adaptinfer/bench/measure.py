@@ -6,10 +6,10 @@ A pass yields figures by name:
   argmax. Host clock, from before the call to the token being ready (on a GPU: to the end of a synchronisation).
   ``ttft_cuda_ms`` is the same between two events in the stream.
 - ``decoder_prefill_ms``: of the same pass the decoder layers alone, which is the paper's definition: from a hook before
-  the first layer to a hook behind the last, scoring, selection and gathers included; not the embeddings, the vision
+  the first layer to a hook after the last, scoring, selection and gathers included; not the embeddings, the vision
   tower, the reading of the prompt's layout, the last norm and lm_head. On a GPU between CUDA events.
 - ``decoder_prefill_wall_ms``: on a GPU, in a pass of its own, the host's clock between the same two hooks, which wait
-  for the GPU: so it is not in the way of the figures above, and includes the launches of the first kernels.
+  for the GPU: so it does not disturb the figures above, and includes the launches of the first kernels.
 - ``generate_ms/n``: from the call of ``generate`` to its n-th new token, in one pass for all n; on a GPU the tokens are
   events in the stream.
 - ``decode_ms_per_token/n``: of the same pass, the mean over the tokens from the second to the n-th.
@@ -27,27 +27,21 @@ import gc
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from adaptinfer.bench.memory import PeakMemory
+from adaptinfer.bench.prompts import PromptTensors
 from adaptinfer.bench.timing import Clock, Mark
+from adaptinfer.bench.variants import Variant
 from adaptinfer.engine.attach import attach
 from adaptinfer.engine.cache.access import kv_bytes
 from adaptinfer.engine.graphs.compiled import compile
+from adaptinfer.engine.handle import Handle
 from adaptinfer.errors import InputError
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from adaptinfer.bench.prompts import Prompt
-    from adaptinfer.bench.variants import Variant
-    from adaptinfer.engine.handle import Handle
-
-__all__ = ["Bench", "Figures"]
 
 Figures = dict[str, float]
 
@@ -61,7 +55,7 @@ class Bench:
         device: its name.
     """
 
-    def __init__(self, model: Any, prompt: Prompt, device: str) -> None:
+    def __init__(self, model: Any, prompt: PromptTensors, device: str) -> None:
         self.model, self.prompt = model, prompt
         self.clock, self.memory = Clock(device), PeakMemory(device)
         takes = inspect.signature(model.forward).parameters
@@ -127,7 +121,7 @@ class Bench:
         gc.collect()
         with _captured(variant), self.attached(variant) as handle:
             if variant.compiled:
-                self.first_token()  # what capturing takes for a moment is none of a prefill's memory
+                self.first_token()  # memory for capturing is not a prefill's
             self.clock.synchronise()
             self.memory.start()
             out, _ = self.first_token()
@@ -228,7 +222,7 @@ class Bench:
 
     @contextmanager
     def around_layers(self, mark: Callable[[], None], compiled: bool) -> Iterator[None]:
-        """Call `mark` before the first decoder layer, ahead of the engine's own hooks, and behind the last.
+        """Call `mark` before the first decoder layer, ahead of the engine's own hooks, and after the last.
 
         A graph calls no hook of a layer, so of a compiled variant all of the decoder lies between the two.
         """

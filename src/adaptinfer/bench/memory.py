@@ -7,7 +7,7 @@ import ctypes
 import os
 from pathlib import Path
 
-__all__ = ["PeakMemory", "free_bytes"]
+import torch
 
 
 class PeakMemory:
@@ -15,10 +15,10 @@ class PeakMemory:
 
     On a GPU that is torch's own count (``max_memory_allocated``). On Linux it is the resident memory of the process,
     whose high-water mark the kernel lets a process reset; it has the allocator's habits in it, so differences of a few
-    MB say nothing. Elsewhere there is no such figure: ``available`` is False.
+    MB are noise. Elsewhere there is no such figure: ``available`` is False.
 
-    On a CPU `start` gives freed memory back to the system, or a pass would use that and show no peak; what follows has
-    to ask for it again, so it is no pass to take the time of.
+    On a CPU `start` gives freed memory back to the system, or a pass would use that and show no peak. What follows has
+    to ask for it again, so do not time that pass.
     """
 
     def __init__(self, device: str) -> None:
@@ -30,8 +30,6 @@ class PeakMemory:
     def start(self) -> None:
         """Forget earlier peaks."""
         if self._on_gpu:
-            import torch
-
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
         elif self.available:
@@ -43,12 +41,7 @@ class PeakMemory:
         """Bytes at the peak, weights included, and how far that is above what was held at `start`."""
         if not self.available:
             return None
-        if self._on_gpu:
-            import torch
-
-            peak = torch.cuda.max_memory_allocated(self._device)
-        else:
-            peak = _status("VmHWM")
+        peak = torch.cuda.max_memory_allocated(self._device) if self._on_gpu else _status("VmHWM")
         return peak, max(0, peak - self._before)
 
     @staticmethod
@@ -63,8 +56,6 @@ class PeakMemory:
 def free_bytes(device: str) -> int | None:
     """Memory that a model could take on a device; None if that cannot be told."""
     if device.startswith("cuda"):
-        import torch
-
         return torch.cuda.mem_get_info(device)[0]
     free = [_field("/proc/meminfo", "MemAvailable"), _control_group_room()]
     known = [room for room in free if room is not None]

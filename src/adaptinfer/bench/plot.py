@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptinfer.bench.variants import VANILLA
-from adaptinfer.charts import BLUE, GREEN, INK, PLOT_SUFFIXES, QUIET, RED, label, new_figure, save
+from adaptinfer.charts import BLUE, GREEN, INK, QUIET, RED, label, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["PLOT_SUFFIXES", "draw"]
 
 _COLOURS = (BLUE, RED, GREEN, "#8e6c8a", "#b7892c", "#3d5a80")
 _MARKERS = "osD^vP"

@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from adaptinfer.checkpoints import Checkpoint
 from adaptinfer.errors import InputError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adaptinfer.checkpoints import Checkpoint
-
-__all__ = ["Picture", "Prompt", "picture_by_processor", "picture_for", "prompt"]
 
 QWEN_IMAGE_SIZE = 1008
 CHECKPOINT_IMAGE_SIZE = 512
 
 
 @dataclass(frozen=True)
-class Picture:
+class NoisePicture:
     """One picture as a model takes it.
 
     Attributes:
@@ -44,7 +41,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptTensors:
     """Inputs of a model on its device, the same number of tokens in every sample.
 
     Attributes:
@@ -60,7 +57,7 @@ class Prompt:
     batch: int
 
 
-def picture_for(config: Any, image_size: int | None = None) -> Picture:
+def picture_for(config: Any, image_size: int | None = None) -> NoisePicture:
     """A picture of noise for a model of a shape of ours.
 
     Args:
@@ -81,10 +78,10 @@ def picture_for(config: Any, image_size: int | None = None) -> Picture:
         tensors = {"pixel_values": _noise(1, 5, 3, edge, edge), "image_sizes": _whole([[2 * edge, 2 * edge]])}
     else:
         tokens, tensors = side * side, {"pixel_values": _noise(1, 3, edge, edge)}
-    return Picture((config.image_token_id,) * tokens, (1,) * tokens, tensors)
+    return NoisePicture((config.image_token_id,) * tokens, (1,) * tokens, tensors)
 
 
-def picture_by_processor(checkpoint: Checkpoint, image_size: int | None = None) -> Picture:
+def picture_by_processor(checkpoint: Checkpoint, image_size: int | None = None) -> NoisePicture:
     """A picture of noise, cut up by a checkpoint's own processor.
 
     Raises:
@@ -94,23 +91,23 @@ def picture_by_processor(checkpoint: Checkpoint, image_size: int | None = None) 
     from PIL import Image
 
     from adaptinfer.engine.families import placeholders_of
-    from adaptinfer.pictures import Picture as Photograph
+    from adaptinfer.pictures import Picture
 
     edge = CHECKPOINT_IMAGE_SIZE if image_size is None else image_size
     pixels = np.random.default_rng(0).integers(0, 256, (edge, edge, 3), dtype=np.uint8)
-    made = checkpoint.prompt([Photograph("noise", Image.fromarray(pixels))], "What is this?").inputs
+    made = checkpoint.prompt([Picture("noise", Image.fromarray(pixels))], "What is this?").inputs
     ids: list[int] = made["input_ids"][0].tolist()
     placeholders = placeholders_of(checkpoint.config)
     places = [place for place, token in enumerate(ids) if token in placeholders]
     span = ids[max(places[0] - 1, 0) : places[-1] + 2]  # with the token on each side, which may be a marker
     tensors = {name: value for name, value in made.items() if value.shape != made["input_ids"].shape}
     types = tuple(int(token in placeholders) for token in span)
-    return Picture(tuple(span), types, tensors, "mm_token_type_ids" in made)
+    return NoisePicture(tuple(span), types, tensors, "mm_token_type_ids" in made)
 
 
 def prompt(
-    picture: Picture, vocabulary: int, before: int, after: int, batch: int, device: str, dtype: str, seed: int = 0
-) -> Prompt:
+    picture: NoisePicture, vocabulary: int, before: int, after: int, batch: int, device: str, dtype: str, seed: int = 0
+) -> PromptTensors:
     """Put a picture between text tokens, once per sample.
 
     Args:
@@ -126,8 +123,6 @@ def prompt(
     Raises:
         InputError: fewer text tokens than the picture has markers, or none to follow it.
     """
-    import torch
-
     first, last = picture.types.index(1), len(picture.types) - 1 - picture.types[::-1].index(1)
     markers = first, len(picture.types) - 1 - last
     if before < markers[0] or after < max(1, markers[1]):
@@ -156,10 +151,10 @@ def prompt(
         inputs[name] = value.repeat(batch, *[1] * (value.ndim - 1))
     on_device = {name: value.to(device) for name, value in inputs.items()}
     inner = len(picture.types) - picture.vision_tokens - sum(markers)  # markers among the vision tokens
-    return Prompt(on_device, picture.vision_tokens, before + inner + after, batch)
+    return PromptTensors(on_device, picture.vision_tokens, before + inner + after, batch)
 
 
-def _qwen_picture(config: Any, edge: int) -> Picture:
+def _qwen_picture(config: Any, edge: int) -> NoisePicture:
     vision = config.vision_config
     cell = vision.patch_size * vision.spatial_merge_size
     if edge < cell or edge % cell:
@@ -169,16 +164,12 @@ def _qwen_picture(config: Any, edge: int) -> Picture:
     values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     tensors = {"pixel_values": _noise(patches * patches, values), "image_grid_thw": _whole([[1, patches, patches]])}
     span = (config.vision_start_token_id, *[config.image_token_id] * tokens, config.vision_end_token_id)
-    return Picture(span, (0, *[1] * tokens, 0), tensors, needs_types=True)
+    return NoisePicture(span, (0, *[1] * tokens, 0), tensors, needs_types=True)
 
 
 def _noise(*shape: int) -> Tensor:
-    import torch
-
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def _whole(values: list[list[int]]) -> Tensor:
-    import torch
-
     return torch.tensor(values)

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adaptinfer.bench.roofline import prefill_bound_ms
+from adaptinfer.bench.runner import BatchResult
 from adaptinfer.bench.timing import bound_share, paired_ratios, summarise
-from adaptinfer.bench.variants import VANILLA
+from adaptinfer.bench.variants import VANILLA, Variant
 from adaptinfer.schedule import Schedule, ScheduleError, solve
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from adaptinfer.bench.runner import BatchResult
-    from adaptinfer.bench.variants import Variant
-
-__all__ = ["FORMAT", "VERSION", "batch_document", "published_figures"]
 
 FORMAT, VERSION = "adaptinfer.bench", 1
 _BOUND_POINTS = 40

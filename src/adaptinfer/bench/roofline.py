@@ -6,17 +6,14 @@ are measured on the machine itself, in the model's dtype.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from adaptinfer.bench.timing import Clock
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from adaptinfer.schedule import ModelShape, Schedule
-
-__all__ = ["Rates", "layer_tokens", "measure_rates", "prefill_bound_ms"]
+from adaptinfer.schedule import ModelShape, Schedule
 
 _REPEATS = 5
 _COPIED_BYTES = 2**28
@@ -44,8 +41,6 @@ def measure_rates(shape: ModelShape, tokens: int, dtype: str, device: str) -> Ra
         dtype: of the model.
         device: where it runs.
     """
-    import torch
-
     kind = {"dtype": getattr(torch, dtype), "device": device}
     hidden = torch.ones(tokens, shape.hidden_size, **kind)
     weight = torch.ones(shape.intermediate_size, shape.hidden_size, **kind)
@@ -72,7 +67,7 @@ def prefill_bound_ms(
         rates: of the device.
         schedule: of the variant.
         shape: of the language model; a mixture of experts is counted at its active width.
-        prompt: counts of tokens and samples (`prompts.Prompt`).
+        prompt: counts of tokens and samples (`prompts.PromptTensors`).
         early_drop: of the variant.
         bytes_per_value: of a weight.
     """

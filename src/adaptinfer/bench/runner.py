@@ -5,18 +5,16 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from adaptinfer.bench.prompts import PromptTensors
 from adaptinfer.bench.roofline import Rates, measure_rates
 from adaptinfer.bench.timing import order_of_round
+from adaptinfer.bench.variants import Variant
 from adaptinfer.errors import InputError
 from adaptinfer.schedule import ModelShape, Schedule
-
-if TYPE_CHECKING:
-    from adaptinfer.bench.prompts import Prompt
-    from adaptinfer.bench.variants import Variant
-
-__all__ = ["SCORER_PASSES", "BatchResult", "Plan", "run_batch"]
 
 SCORER_PASSES = 3
 
@@ -49,7 +47,7 @@ class BatchResult:
         figures: by variant and then by figure, one value per round (``scorer_ms``: per pass of its own).
     """
 
-    prompt: Prompt
+    prompt: PromptTensors
     shape: ModelShape
     rates: Rates
     schedules: dict[str, Schedule]
@@ -59,7 +57,7 @@ class BatchResult:
 
 def run_batch(
     model: Any,
-    prompt: Prompt,
+    prompt: PromptTensors,
     device: str,
     dtype: str,
     variants: Sequence[Variant],
@@ -72,13 +70,11 @@ def run_batch(
     Raises:
         InputError: the GPU's memory does not suffice for this batch.
     """
-    import torch
-
     from adaptinfer.bench.measure import Bench
 
     where = f"batch {prompt.batch}"
     gc.collect()
-    gc.freeze()  # collecting between passes then looks at what these left behind, and not at all that was imported
+    gc.freeze()  # collecting between passes then looks at what these left, not at everything that was imported
     try:
         progress(f"{where}, measuring the machine")
         shape = ModelShape.from_config(model.config)

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
 
 from adaptinfer.errors import InputError
 from adaptinfer.schedule import MODEL_SHAPES
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-__all__ = ["SHAPES", "Shape", "build", "fill", "outline", "shape_named"]
 
 
 @dataclass(frozen=True)
@@ -44,12 +42,9 @@ def outline(config: Any, dtype: str, attention: str) -> Any:
     Raises:
         InputError: the model or its attention backend cannot be used here.
     """
-    import torch
-    from transformers import AutoModelForImageTextToText
-
     try:
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(
+            model = transformers.AutoModelForImageTextToText.from_config(
                 config, dtype=getattr(torch, dtype), attn_implementation=attention
             )
     except (ImportError, ValueError) as error:
@@ -64,8 +59,6 @@ def fill(model: Any, device: str, seed: int = 0) -> Any:
     A matrix is uniform with a variance of 1 / fan-in, which hands on activations at the scale at which they come, so
     that they stay finite in every dtype at every depth and attention is not flat. Norms are 1 and biases 0.
     """
-    import torch
-
     model.to_empty(device=device)
     _compute_buffers(model)
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -102,8 +95,6 @@ def shape_named(name: str) -> Shape:
 
 def _reach(module: nn.Module, parameter: torch.Tensor) -> float:
     """Half the width of a uniform distribution."""
-    import torch
-
     is_matrix = parameter.ndim >= 2 and not isinstance(module, torch.nn.Embedding)
     deviation = parameter[0].numel() ** -0.5 if is_matrix else 0.02
     return 3**0.5 * deviation
@@ -120,41 +111,33 @@ def _compute_buffers(model: Any) -> None:
 
 # -- configs --------------------------------------------------------------------------------------------------------
 
-_CLIP_LARGE: dict[str, Any] = {  # openai/clip-vit-large-patch14-336
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "projection_dim": 768,
-    "vocab_size": 32000,
-}
+# What a published model shares with the defaults of transformers' configs is left to them: the towers, which are CLIP
+# ViT-L/14 at 336 pixels and Qwen2.5-VL's, and LLaVA-NeXT's grids.
 _VICUNA = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
-_IMAGE = 32000
-_QWEN_TOWER: dict[str, Any] = {  # Qwen2.5-VL's of every size, but for the width of what comes out
-    "depth": 32,
-    "hidden_size": 1280,
-    "intermediate_size": 3420,
-    "num_heads": 16,
-    "patch_size": 14,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "window_size": 112,
-    "fullatt_block_indexes": [7, 15, 23, 31],
+_MISTRAL = {
+    "model_type": "mistral",
+    "vocab_size": 32064,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "sliding_window": None,
 }
 _NARROW_TOWER = {"depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "fullatt_block_indexes": []}
+_TINY_TOWER = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 4,
+    "projection_dim": 32,
+}
 
 
-def _llava(text: dict[str, Any], tower: dict[str, Any] = _CLIP_LARGE, image: int = _IMAGE) -> Any:
-    from transformers import CLIPVisionConfig, LlavaConfig
-
-    return _named(LlavaConfig, image, text_config=text, vision_config=CLIPVisionConfig(**tower))
-
-
-def _named(kind: Any, image: int, **parts: Any) -> Any:
+def _llava(text: dict[str, Any], kind: str = "LlavaConfig", image: int = 32000, **parts: Any) -> Any:
     """A config that knows its placeholder by both names that transformers has had for it."""
-    return kind(image_token_index=image, image_token_id=image, **parts)
+    return getattr(transformers, kind)(image_token_index=image, image_token_id=image, text_config=text, **parts)
 
 
 def _sizes(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int) -> dict[str, int]:
@@ -172,30 +155,7 @@ def _sizes_of(name: str) -> dict[str, int]:
     return _sizes(shape.hidden_size, shape.num_layers, shape.num_heads, shape.num_kv_heads, shape.intermediate_size)
 
 
-def _llava_next() -> Any:
-    from transformers import CLIPVisionConfig, LlavaNextConfig
-
-    text = {
-        "model_type": "mistral",
-        "vocab_size": 32064,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        "sliding_window": None,
-        **_sizes(4096, 32, 32, 8, 14336),
-    }
-    return _named(
-        LlavaNextConfig,
-        _IMAGE,
-        text_config=text,
-        vision_config=CLIPVisionConfig(**_CLIP_LARGE),
-        image_grid_pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
-    )
-
-
 def _qwen2_5_vl(sizes: dict[str, int], tower: dict[str, Any]) -> Any:
-    from transformers import Qwen2_5_VLConfig
-
     text = {
         "vocab_size": 152064,
         "max_position_embeddings": 128000,
@@ -204,9 +164,9 @@ def _qwen2_5_vl(sizes: dict[str, int], tower: dict[str, Any]) -> Any:
         "tie_word_embeddings": False,
         **sizes,
     }
-    return Qwen2_5_VLConfig(
+    return transformers.Qwen2_5_VLConfig(
         text_config=text,
-        vision_config={**_QWEN_TOWER, **tower},
+        vision_config={"hidden_size": 1280, "out_hidden_size": sizes["hidden_size"], **tower},
         image_token_id=151655,
         video_token_id=151656,
         vision_start_token_id=151652,
@@ -216,17 +176,8 @@ def _qwen2_5_vl(sizes: dict[str, int], tower: dict[str, Any]) -> Any:
 
 
 def _tiny() -> Any:
-    tower: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 32,
-        "patch_size": 4,
-        "projection_dim": 32,
-    }
     text = {"model_type": "llama", "vocab_size": 100, "max_position_embeddings": 2048, **_sizes(64, 12, 4, 2, 96)}
-    return _llava(text, tower, image=90)
+    return _llava(text, image=90, vision_config=_TINY_TOWER)
 
 
 SHAPES: Mapping[str, Shape] = MappingProxyType(
@@ -244,17 +195,17 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
         "llava-next-7b": Shape(
             "LLaVA-NeXT (v1.6) on Mistral-7B, 672 x 672 pixels: 5 crops of 576 and 48 row ends, 2928 vision tokens",
             7_570_000_000,
-            _llava_next,
+            lambda: _llava({**_MISTRAL, **_sizes(4096, 32, 32, 8, 14336)}, "LlavaNextConfig"),
         ),
         "qwen2.5-vl-7b": Shape(
             "Qwen2.5-VL-7B, 1008 x 1008 pixels unless --image-size says otherwise: 1296 vision tokens",
             8_290_000_000,
-            lambda: _qwen2_5_vl(_sizes(3584, 28, 28, 4, 18944), {"out_hidden_size": 3584}),
+            lambda: _qwen2_5_vl(_sizes(3584, 28, 28, 4, 18944), {}),
         ),
         "qwen2.5-vl-narrow": Shape(
             "a Qwen2.5-VL of 8 layers of width 896 with next to no tower: for prompts of many thousand tokens on CPUs",
             0,
-            lambda: _qwen2_5_vl(_sizes(896, 8, 7, 1, 4864), {"out_hidden_size": 896, **_NARROW_TOWER}),
+            lambda: _qwen2_5_vl(_sizes(896, 8, 7, 1, 4864), _NARROW_TOWER),
         ),
         "llava-1b": Shape(
             "a LLaVA-1.5 on a language model of the shape of TinyLlama-1.1B, 576 vision tokens: for CPUs",

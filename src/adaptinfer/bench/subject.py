@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
 
 from adaptinfer.bench.memory import free_bytes
-from adaptinfer.bench.prompts import Picture, picture_by_processor, picture_for
+from adaptinfer.bench.prompts import NoisePicture, picture_by_processor, picture_for
 from adaptinfer.bench.shapes import fill, outline, shape_named
+from adaptinfer.engine.families import Family
 from adaptinfer.errors import InputError
 from adaptinfer.schedule import ModelShape, Schedule
-
-if TYPE_CHECKING:
-    from adaptinfer.engine.families import Family
-
-__all__ = ["DType", "Subject", "checked_device"]
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -25,8 +23,6 @@ def checked_device(name: str) -> str:
     Raises:
         InputError: it is neither a CPU nor a CUDA device, or there is no such device here.
     """
-    import torch
-
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.partition(":")[0] not in ("cpu", "cuda"):
@@ -94,7 +90,7 @@ class Subject:
 
         return family_of(self._outline)
 
-    def picture(self, image_size: int | None) -> Picture:
+    def picture(self, image_size: int | None) -> NoisePicture:
         """A picture of noise. Raises InputError for a size that the model cannot take."""
         if self._checkpoint is not None:
             return picture_by_processor(self._checkpoint, image_size)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-__all__ = ["Clock", "Mark", "Summary", "bound_share", "order_of_round", "paired_ratios", "summarise"]
+import torch
 
 _Item = TypeVar("_Item")
 
@@ -41,7 +41,7 @@ def bound_share(speed_up: float, vanilla_flops: float, flops: float) -> float:
 
 
 def order_of_round(variants: Sequence[_Item], number: int) -> list[_Item]:
-    """As given in even rounds, backwards in odd ones, so that a drift of the machine favours nobody."""
+    """As given in even rounds, backwards in odd ones, so that a drift of the machine favours no variant."""
     return list(reversed(variants)) if number % 2 else list(variants)
 
 
@@ -67,16 +67,12 @@ class Clock:
     def synchronise(self) -> None:
         """Wait until the GPU has done all that it was given."""
         if self.on_gpu:
-            import torch
-
             torch.cuda.synchronize(self._device)
 
     def mark(self) -> Mark:
         """This point in time."""
         event = None
         if self.on_gpu:
-            import torch
-
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self._device))
         return Mark(time.perf_counter(), event)

@@ -1,4 +1,4 @@
-"""What stands side by side in one run: vanilla, an attached pruner that keeps everything, and pruned ways."""
+"""What is compared in one run: vanilla, an attached pruner that keeps everything, and pruned ways."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from adaptinfer.engine.families import Family
     from adaptinfer.pruners.contracts import Pruner
 
-__all__ = ["EarlyDrop", "Variant", "check_names", "check_variants", "variants"]
 
 EarlyDrop = Literal["on", "off", "both"]
 
@@ -74,11 +73,11 @@ def variants(
             vision tokens (192, 128 and 64 of 576), unless there are presets or schedules; those that layer 0 of a
             shallow model exceeds by itself are left out.
         presets: names in `PRESETS`; AdaptInfer with the published schedule and positions.
-        early_drop: ``"both"`` puts every pruned variant beside itself without early drop.
+        early_drop: ``"both"`` measures every pruned variant also without early drop.
         vision_tokens: in the prompt.
         num_layers: of the decoder.
         schedules: by the names of their files; AdaptInfer with these stages.
-        compiled: put every attached variant beside itself in CUDA graphs; not those that select before the model.
+        compiled: measure every attached variant also in CUDA graphs, except those that select before the model.
 
     Raises:
         PrunerError: a budget that is no positive number.

@@ -13,16 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from adaptinfer.calibration.record import Reading
 from adaptinfer.errors import InputError
-
-if TYPE_CHECKING:
-    from adaptinfer.calibration.record import Reading
-
-__all__ = ["LEAST_LAYERS", "Histogram", "breakpoints", "histogram", "published_layers", "read_off", "salient_curves"]
 
 LEAST_LAYERS = 4
 """A change point leaves two layers on either side."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adaptinfer.calibration.record import Reader
 from adaptinfer.calibration.run import Target, check_reach, content_of, record
@@ -23,12 +23,8 @@ from adaptinfer.calibration.sources import open_source
 from adaptinfer.calibration.store import Recording, check_skipped, digest_of, record_part
 from adaptinfer.checkpoints import Checkpoint, DType
 from adaptinfer.errors import InputError
-
-if TYPE_CHECKING:
-    from adaptinfer.pruners.contracts import Pruner
-    from adaptinfer.schedule import ModelShape
-
-__all__ = ["Job", "processes", "record_alone", "record_with_ray"]
+from adaptinfer.pruners.contracts import Pruner
+from adaptinfer.schedule import ModelShape
 
 _POLL_SECONDS = 0.2
 

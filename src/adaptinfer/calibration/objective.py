@@ -1,7 +1,7 @@
 """What a schedule is judged by: the attention mass that survives it, and what its layers cost.
 
 Kept mass: a guiding token's attention to vision tokens in the unpruned model, over all layers; the share of it that is
-paid to tokens which are still there. Who is there is settled as in a pruned run: a stage keeps the best by its own
+paid to tokens which are still there. Who is there follows the rule of a pruned run: a stage keeps the best by its own
 layer's score among those that the stage before kept. Each sample counts the same.
 """
 
@@ -11,17 +11,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
+from adaptinfer.calibration.record import Reading
 from adaptinfer.errors import InputError
 from adaptinfer.schedule import ModelShape, Schedule, Stage
-
-if TYPE_CHECKING:
-    from adaptinfer.calibration.record import Reading
-
-__all__ = ["FlopCost", "KeptMass", "TokenCost"]
 
 _MEMORY = 2**30  # bytes of readings that are held at once
 
@@ -64,6 +60,9 @@ class FlopCost:
         return f"{total / 1e9:.4g} GFLOPs"
 
 
+Cost = TokenCost | FlopCost
+
+
 class KeptMass:
     """Readings, ready to judge schedules on.
 
@@ -72,7 +71,7 @@ class KeptMass:
 
     Args:
         readings: of one model.
-        possible: layers in which a stage may sit; the last of the model is none of them.
+        possible: layers in which a stage may sit; never the last of the model.
 
     Raises:
         InputError: no reading, or no attention in any.
@@ -136,7 +135,7 @@ class KeptMass:
         return kept
 
     def segments(self, grid: Sequence[int]) -> np.ndarray:
-        """Mean mass behind one stage alone: float64 [L, K, L + 1].
+        """Mean mass after one stage alone: float64 [L, K, L + 1].
 
         Entry [l, k, j] is what the ``grid[k]`` best tokens by layer l's score hold of the layers l + 1 ... j - 1.
         """
@@ -163,7 +162,7 @@ class KeptMass:
                 entering = keep
         return Schedule(tuple(stages), self.num_layers, self.vision_tokens, name=name)
 
-    def cost(self, cost: TokenCost | FlopCost, layers: Sequence[int], keeps: Sequence[int]) -> int:
+    def cost(self, cost: Cost, layers: Sequence[int], keeps: Sequence[int]) -> int:
         """What a prompt of `vision_tokens` costs over all layers."""
         kept_at = dict(zip(layers, keeps, strict=True))
         given, total = self.vision_tokens, 0

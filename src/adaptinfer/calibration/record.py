@@ -2,7 +2,7 @@
 
 Only the text rows of the attention are computed (T x L, a few heads at a time), inside the layers, by the same code
 that scores in a pruned run; the model attends with the backend that it was loaded with. A prompt of 16,000 vision
-tokens leaves 4 MB behind, and nothing else stays in memory.
+tokens leaves 4 MB, and nothing else stays in memory.
 """
 
 from __future__ import annotations
@@ -11,25 +11,20 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from adaptinfer.calibration.samples import Sample
 from adaptinfer.checkpoints import check_question, processed
 from adaptinfer.engine.families import family_of, placeholders_of
 from adaptinfer.engine.handle import Handle
 from adaptinfer.errors import InputError, UnsupportedError
 from adaptinfer.pruners.contracts import Pruner
+from adaptinfer.pruners.views import StageView
 from adaptinfer.schedule import ModelShape, Schedule
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adaptinfer.calibration.samples import Sample
-    from adaptinfer.pruners.views import StageView
-
-__all__ = ["Reader", "Reading", "check_method", "describe_method", "fingerprint"]
 
 _SAMPLED_VALUES = 64  # of each parameter, in a model's fingerprint
 
@@ -86,7 +81,7 @@ class Reader:
     Args:
         model: loaded, without a pruner.
         processor: the one that belongs to it.
-        method: whose scores are recorded; its budget and schedule are not looked at.
+        method: whose scores are recorded; its budget and schedule do not matter.
 
     Raises:
         UnsupportedError: pruning does not fit the model, or the method has no score to record.

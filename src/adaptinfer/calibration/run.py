@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,16 +22,12 @@ from adaptinfer.calibration.shifts import detect_shifts, distances
 from adaptinfer.calibration.sources import ListSource, open_source
 from adaptinfer.calibration.store import PART, Recording, about, check_skipped, digest_of, record_part
 from adaptinfer.errors import InputError, check_whole
+from adaptinfer.pruners.contracts import Pruner
 from adaptinfer.schedule import Budget, ModelShape, Schedule, ScheduleError
-
-if TYPE_CHECKING:
-    from adaptinfer.pruners.contracts import Pruner
-
-__all__ = ["Target", "analyse", "calibrate", "check_reach", "content_of", "record"]
 
 _Way = tuple[str, tuple[int, ...], Schedule | None]  # name, layers that a detector found, schedule
 _SHARES = (0.04, 0.06, 0.08, 0.11, 0.16, 0.22, 0.33, 0.5, 0.75)  # of the vision tokens, in the picture
-_SCENES = 256  # taken when nothing is said: there are millions
+_SCENES = 256  # by default: there are millions
 _MOST_DETECTED = 3  # the published proportions of keeps are for so many stages
 
 
@@ -195,16 +191,16 @@ def record(
         share: (i, n) takes every n-th part, from the i-th on.
 
     Raises:
-        InputError: too many samples cannot be used, the disk is full, or the pictures are others than those recorded.
+        InputError: too many samples cannot be used, the disk is full, or the pictures have changed.
     """
     recording.check_pictures(source, count)
     skipped, digest = [], digest_of(recording.about)
     # The first process sees to skipped samples in all parts: it is the one that waits for the others and goes on.
-    mended = [
-        part for part in recording.with_skips(count) if share[0] == 0 and _mended(reader, source, recording, part)
+    repaired = [
+        part for part in recording.with_skips(count) if share[0] == 0 and _repaired(reader, source, recording, part)
     ]
-    for part in [*mended, *recording.missing(count)]:
-        if part in mended or part.start // PART % share[1] == share[0]:
+    for part in [*repaired, *recording.missing(count)]:
+        if part in repaired or part.start // PART % share[1] == share[0]:
             recording.write(
                 part,
                 record_part(
@@ -215,7 +211,7 @@ def record(
             check_skipped(skipped, count)
 
 
-def _mended(reader: Reader, source: Source, recording: Recording, part: range) -> bool:
+def _repaired(reader: Reader, source: Source, recording: Recording, part: range) -> bool:
     """Whether a sample that could not be used now can, or cannot for another reason."""
     for each in recording.skipped_in(part):
         try:

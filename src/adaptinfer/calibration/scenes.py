@@ -15,8 +15,6 @@ from adaptinfer.embedded.world.questions import questions_for
 from adaptinfer.embedded.world.render import render
 from adaptinfer.errors import InputError
 
-__all__ = ["SceneSource", "held_out"]
-
 _STRIDE = 7_368_787  # a prime that divides no split's size, so that no scene comes twice
 
 

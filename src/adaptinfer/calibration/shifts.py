@@ -21,8 +21,6 @@ from typing import Literal
 
 import numpy as np
 
-__all__ = ["Distance", "Shift", "Shifts", "detect_shifts", "distances"]
-
 Distance = Literal["js", "rank"]
 
 _BAND = (0.025, 0.975)
@@ -34,7 +32,7 @@ class Shift:
     """One shift.
 
     Attributes:
-        layer: the first layer behind it, whose scores are the new ones: a stage belongs there.
+        layer: the first layer after it, whose scores are the new ones: a stage belongs there.
         explained: share of the dispersion of all layers that this split explains.
         p_value: of as large a gain in the segment under the null.
         confidence: share of resamples of the samples that have a shift at this very layer.

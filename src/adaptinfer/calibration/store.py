@@ -1,7 +1,7 @@
 """Readings on disk: a description of what was recorded, and parts of a few samples, each there whole or not at all.
 
 A part is written under another name and moved to its place, so whatever ends a run (a kill, a full disk) costs the part
-in hand and nothing else. Which samples make a part is settled beforehand, so nothing is lost, and nothing counts twice,
+in hand and nothing else. Which samples make a part is fixed beforehand, so nothing is lost, and nothing counts twice,
 whoever records which part.
 """
 
@@ -12,21 +12,16 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from adaptinfer.calibration.record import Reading
+from adaptinfer.calibration.record import Reader, Reading
 from adaptinfer.calibration.samples import Source, mark_of
 from adaptinfer.errors import InputError
 from adaptinfer.files import write_whole
-
-if TYPE_CHECKING:
-    from adaptinfer.calibration.record import Reader
-
-__all__ = ["MOST_SKIPPED", "PART", "Recording", "Skipped", "about", "check_skipped", "digest_of", "record_part"]
 
 FORMAT, VERSION = "adaptinfer.recording", 1
 PART = 8
@@ -64,7 +59,7 @@ class Recording:
     """A folder with the readings of one model on one source of samples.
 
     Args:
-        folder: made if missing; a recording of the same is gone on with.
+        folder: made if missing; a recording of the same content is resumed.
         content: from `about`.
 
     Raises:
@@ -93,10 +88,10 @@ class Recording:
         return [part for part in _parts(count) if self._is_there(part) and self.skipped_in(part)]
 
     def check_pictures(self, source: Source, count: int) -> None:
-        """Refuse to go on with readings of other pictures. Those that can no longer be read are taken to be the same.
+        """Refuse to go on with readings of other pictures. Pictures that can no longer be read count as the same.
 
         Raises:
-            InputError: names the first sample whose pictures are others than those that were read.
+            InputError: names the first sample whose pictures have changed.
         """
         for part in _parts(count):
             if self._is_there(part):

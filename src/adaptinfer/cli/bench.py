@@ -117,7 +117,7 @@ def bench(
 
     [dim]adaptinfer bench --shape llava-1b --budget 192 --budget 128 --budget 64 --plot bench.png[/dim]
     """
-    from adaptinfer.bench.plot import PLOT_SUFFIXES
+    from adaptinfer.charts import PLOT_SUFFIXES
 
     if shape is not None and model is not None:
         raise InputError("--shape and --model: give only one of them")
