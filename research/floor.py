@@ -62,7 +62,7 @@ class Floor:
         """One pass, ready to be timed again and again: hidden states after the last layer, [B, n, d].
 
         Args:
-            tokens: per layer how many tokens enter and how many it hands on, see `adaptinfer.bench.roofline.layer_tokens`.
+            tokens: per layer how many tokens enter and how many it hands on, see `layer_tokens`.
         """
         inputs = {entered: self._inputs_of_layers(entered) for entered, _ in tokens}
         masks = {pair: _mask(*pair, self._decoder.device) for pair in tokens if pair[0] != pair[1]}
