@@ -41,7 +41,7 @@ from adaptinfer import (
     attach,
     from_pretrained,
 )
-from adaptinfer.engine.selection import Images, select_before
+from adaptinfer.engine.vision.images import Images, select_before
 from adaptinfer.engine.vision.recorder import Recorder
 from adaptinfer.engine.vision.tower import Encoded
 from adaptinfer.pruners.before import Selector, SelectsBefore

@@ -15,7 +15,7 @@ from adaptinfer.engine.masks import visible_keys
 from adaptinfer.engine.report import StageRecord
 from adaptinfer.engine.rotary import Rotation
 from adaptinfer.engine.segment import CallPlan, Segment
-from adaptinfer.engine.selection import Images, select_before
+from adaptinfer.engine.vision.images import Images, select_before
 from adaptinfer.engine.vision.tower import Encoded
 from adaptinfer.errors import UnsupportedError
 from adaptinfer.functional import positions_of

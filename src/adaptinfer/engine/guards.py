@@ -133,7 +133,7 @@ def check_needs(family: Family, pruner: Pruner) -> None:
         )
     if "norm" in pruner.needs and family.final_norm is None:
         raise UnsupportedError(
-            f"{pruner.name} compares hidden states behind the model's last normalisation, which was not found in "
+            f"{pruner.name} compares hidden states after the model's last normalisation, which was not found in "
             f"{family.model_type}; use another method"
         )
 
@@ -160,7 +160,7 @@ def check_past(pruner: Pruner, cache: Any, past: int) -> None:
     plain = all(map(is_plain, cache.layers))
     if past and not plain and "next" in pruner.needs:
         raise UnsupportedError(
-            f"{pruner.name} reads the cached keys of the layer behind a stage, so a new image in a later turn needs a "
+            f"{pruner.name} reads the cached keys of the layer after a stage, so a new image in a later turn needs a "
             f"plain DynamicCache; begin with an empty cache, {_ESCAPE}"
         )
 

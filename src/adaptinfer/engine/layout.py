@@ -15,12 +15,12 @@ class PromptLayout:
     """The new tokens of one forward call, [B, N]; counts are known on the host, so that all shapes are.
 
     Attributes:
-        vision: bool [B, N], the vision tokens that may be pruned: neither masked nor without text behind them.
+        vision: bool [B, N], the vision tokens that may be pruned: neither masked nor without text after them.
         text: bool [B, N], the tokens after the last vision token of each row (they guide); never padding, and none in
             a row without vision tokens.
         real: bool [B, N] or None; False is padding, None means that there is none.
         vision_counts: of these, how many each row has.
-        unguided_counts: vision tokens of rows without text behind them; nothing guides, so all of them stay.
+        unguided_counts: vision tokens of rows without text after them; nothing guides, so all of them stay.
         text_counts: guiding tokens of each row.
         real_counts: tokens of each row without padding.
         tail: from this position on all tokens of all rows are real text; N if there is no such position.
@@ -61,13 +61,13 @@ def read_layout(
     """Find vision and guiding text tokens by the placeholder ids; several images and text between them are fine.
 
     This is the one place of a pruned forward that reads a tensor on the host: seven integers a row, before the first
-    decoder layer. Everything behind it has static shapes.
+    decoder layer. Everything after it has static shapes.
 
     Args:
         input_ids: int64 [B, N], the new tokens of this call.
         attention_mask: [B, N], 0 is padding; None means no padding.
         placeholders: token ids that stand for vision tokens.
-        prompt: tokens that belong to the prompt; those behind are guesses of assisted decoding and never guide.
+        prompt: tokens that belong to the prompt; later ones are guesses of assisted decoding and never guide.
     """
     vision = input_ids == placeholders[0]
     for token in placeholders[1:]:
@@ -88,24 +88,24 @@ def read_layout(
         text = text & (positions < prompt)
     guided = text.any(dim=1, keepdim=True)
     found, vision = vision, vision & guided
-    behind = last.max() + 1
+    text_from = last.max() + 1
     if real is None:
         real_count, closed = torch.full_like(last[:, 0], length), torch.ones_like(last[:, 0])
-        whole = torch.ones_like(behind)
+        whole = torch.ones_like(text_from)
     else:
         real_count, closed = real.sum(dim=1), real[:, -1]
-        whole = (real | (positions < behind)).all()
+        whole = (real | (positions < text_from)).all()
     per_row = [vision.sum(dim=1), (found & ~guided).sum(dim=1), text.sum(dim=1), real_count, closed.long()]
-    once = torch.stack([behind, whole.long()])[:, None].expand(-1, input_ids.shape[0])
-    *counts, ends, behind_all, whole_all = torch.cat([torch.stack(per_row), once]).tolist()
-    tail = behind_all[0] if whole_all[0] else length
+    once = torch.stack([text_from, whole.long()])[:, None].expand(-1, input_ids.shape[0])
+    *counts, ends, text_from_all, whole_all = torch.cat([torch.stack(per_row), once]).tolist()
+    tail = text_from_all[0] if whole_all[0] else length
     return PromptLayout(vision, text, real, *map(tuple, counts), tail=tail, right_padded=not all(ends))
 
 
 def rectangle(mask: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
     """Positions of the marked tokens, [B, max(counts)], real ones first, and which of them are real (None: all).
 
-    Fillers stand behind, so that a token's place among its own sample's tokens does not depend on the batch.
+    Fillers come last, so that a token's place among its own sample's tokens does not depend on the batch.
     """
     index = marked_first(mask, max(counts))
     return index, None if min(counts) == max(counts) else mask.gather(1, index)

@@ -24,7 +24,7 @@ class StageRecord:
         scores: float [B, V], aligned with ``entered``.
         kept: int64 [B, n], prompt positions of all tokens that went on.
         kept_mask: bool [B, n], which of them are vision tokens.
-        tokens: n, tokens (vision, text and filling) given to each layer behind this one.
+        tokens: n, tokens (vision, text and filling) given to each layer after this one.
     """
 
     layer: int

@@ -19,13 +19,13 @@ _BOTH_DIRECTIONS = ("paligemma",)
 class PrefixCache:
     """Keys and values of prompts' beginnings, computed once and given to every request that begins alike.
 
-    Exact: the tokens before the first image see nothing behind them, so what a decoder layer keeps of them does not
+    Exact: the tokens before the first image see nothing after them, so what a decoder layer keeps of them does not
     depend on the request::
 
         prefixes = adaptinfer.PrefixCache(model)
         out = model.generate(**inputs, past_key_values=prefixes.start(inputs))
 
-    Works with and without a pruner; pruning begins behind the prefix. Threads may share one. What is kept belongs to
+    Works with and without a pruner; pruning begins after the prefix. Threads may share one. What is kept belongs to
     the weights that computed it: after changing them in place, or adding an adapter, call `clear`.
 
     Args:
@@ -45,7 +45,7 @@ class PrefixCache:
         if model.config.model_type in _BOTH_DIRECTIONS:
             raise UnsupportedError(
                 f"{model.config.model_type} reads its prompt in both directions: what stands before an image depends "
-                "on what stands behind it and cannot be reused"
+                "on what follows it and cannot be reused"
             )
         self._model = model
         self._placeholders = torch.tensor(placeholders_of(model.config))

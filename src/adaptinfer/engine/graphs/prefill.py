@@ -38,7 +38,7 @@ class Bucket:
         text: guiding tokens of a row at most.
         padded: whether any row has padding; without, attention stays plainly causal.
         vision: vision tokens of each row.
-        stages: layers and what each row keeps behind them.
+        stages: layers and what each row keeps after them.
     """
 
     batch: int

@@ -18,12 +18,12 @@ from transformers import AttentionInterface
 
 from adaptinfer.engine.layout import PromptLayout
 from adaptinfer.engine.patches import Patches
-from adaptinfer.engine.selection import Images
+from adaptinfer.engine.vision.images import Images
 from adaptinfer.engine.vision.merging import TowerMerging
 from adaptinfer.engine.vision.tower import RECORDING, TOWER_ATTENTION, Encoded, Tower, attention_in_tower
 from adaptinfer.pruners.views import Read
 
-_PROJECTED = frozenset({"llava", "llava_next"})  # a projector that takes tokens one by one, and nothing behind it
+_PROJECTED = frozenset({"llava", "llava_next"})  # a projector that takes tokens one by one, and nothing after it
 
 
 class Recorder:

@@ -121,7 +121,7 @@ class Tower:
             yield module, config
 
     def hidden_reads(self) -> Iterator[tuple[Read, Any]]:
-        """Reads of hidden states, with the block behind which each is taken."""
+        """Reads of hidden states, with the block after which each is taken."""
         for read, block in self.reads.items():
             if read.what == "hidden":
                 yield read, self.blocks[block]
