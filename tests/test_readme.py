@@ -112,3 +112,11 @@ def test_throughput_is_that_of_the_committed_run():
 
 def test_the_number_of_mutants_is_that_of_the_list():
     assert f"breaks the code in {len(MUTANTS)} ways" in README
+
+
+def test_every_research_script_is_listed():
+    research = ROOT / "research"
+    text = (research / "README.md").read_text(encoding="utf-8")
+    scripts = [path.name for path in research.rglob("*.py")]
+    assert scripts
+    assert [name for name in scripts if f"{name}`" not in text] == []
