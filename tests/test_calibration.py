@@ -530,6 +530,15 @@ def test_a_data_set_needs_its_columns():
         DataSetSource(SimpleNamespace(column_names=["image", "label"]), {})
 
 
+@pytest.mark.parametrize("package", ["matplotlib", "ruptures"])
+def test_a_missing_extra_is_named_before_any_recording(package):
+    """As in an environment without the package: one sentence with the pip command, when calibration is asked for."""
+    code = f"import sys; sys.modules[{package!r}] = None\nimport adaptinfer\nadaptinfer.calibrate"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    message = f"adaptinfer.calibration needs {package}, which is not installed: pip install 'adaptinfer[calibrate]'"
+    assert run.returncode and message in run.stderr
+
+
 def test_hugging_face_data_sets_name_their_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"pip install 'adaptinfer\[datasets\]'"):

@@ -24,7 +24,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
     """
     batches, setup, environment = document["batches"], document["setup"], document["environment"]
     on_gpu = setup["device"].startswith("cuda")
-    machine = environment["gpu"] if on_gpu else f"{environment['cpu']}, {environment['torch_threads']} threads"
+    machine = environment["gpu"] if on_gpu else f"{environment['cpu']}, threads: {environment['torch_threads']}"
     title = (
         f"{setup['model']}, {setup['dtype']}, {setup['attention']} on {machine}\n"
         f"medians and quartiles of {setup['rounds']} rounds"
@@ -35,7 +35,15 @@ def draw(document: dict[str, Any], path: Path) -> None:
         _panel(left, batch, "decoder_prefill_ms", "Decoder prefill")
         _panel(right, batch, "ttft_ms", "Time to first token")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9, labelcolor=INK)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(5, len(labels)),
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+    )
     save(figure, "--plot", path)
 
 

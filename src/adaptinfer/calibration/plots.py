@@ -32,7 +32,7 @@ def draw(curves: dict[str, Any], path: Path) -> None:
     for panel, axes in zip(panels, figure.subplots(2, 3).flat, strict=True):
         panel(axes, curves)
         if panel is not _candidates:  # it names its bars itself
-            axes.legend(loc="best", frameon=False, fontsize=8.5, labelcolor=INK)
+            axes.legend(loc="best", edgecolor="none", framealpha=0.85, fontsize=8.5, labelcolor=INK)
     save(figure, "plot", path)
 
 
@@ -139,6 +139,7 @@ def _staircase(axes: Axes, curves: dict[str, Any]) -> None:
             textcoords="offset points",
             color=BLUE,
             fontsize=8.5,
+            bbox={"color": "white", "alpha": 0.7, "pad": 1, "linewidth": 0},
         )
     axes.set_ylim(0)
     label(axes, "The schedule", "layer", "vision tokens given to it")
