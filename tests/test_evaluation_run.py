@@ -286,7 +286,7 @@ def test_samples_that_are_left_out_are_those_before():
 
 def test_what_is_left_out_needs_a_number_of_what_is_not(tmp_path):
     result = CliRunner().invoke(app, ["eval", "--skip", "2", "-o", str(tmp_path / "out")])
-    assert result.exit_code == 2 and "--skip: say with --samples how many" in result.output
+    assert result.exit_code == 2 and "--skip: also give --samples, how many" in result.output
 
 
 @pytest.mark.parametrize(
