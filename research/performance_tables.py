@@ -54,7 +54,7 @@ def speed_lines(folder: Path = COMMITTED) -> list[str]:
 
 
 def profile_lines(content: dict[str, Any]) -> list[str]:
-    """A row per part in milliseconds, the floor's behind an oblique, and the whole against the floor."""
+    """A row per part in milliseconds, the floor's in brackets, then the whole prefill against the floor."""
     entries = content["variants"]
     lines = [_row("ms (floor's)", *(entry["name"] for entry in entries)), _row("---", *["---:"] * len(entries))]
     for part in PARTS:

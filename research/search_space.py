@@ -112,15 +112,15 @@ def pruner_of(
 
 
 def reference(budget: float, num_layers: int, vision_tokens: int, scoring: Sequence[int] | None) -> tuple[str, Pruner]:
-    """AdaptInfer at a budget; where it cannot be met without one, behind DivPrune at twice the budget."""
+    """AdaptInfer at a budget; where it cannot meet that alone, after DivPrune at twice the budget."""
     pruner = AdaptInfer(budget=budget)
     try:
         pruner.plan(num_layers, vision_tokens, scoring)
         return "adaptinfer", pruner
     except ScheduleError:
-        behind = _selector("divprune", 2 * budget) >> pruner
-        behind.plan(num_layers, vision_tokens, scoring)
-        return "divprune >> adaptinfer", behind
+        after = _selector("divprune", 2 * budget) >> pruner
+        after.plan(num_layers, vision_tokens, scoring)
+        return "divprune >> adaptinfer", after
 
 
 def _selector(name: str, budget: float) -> Selector:
@@ -138,5 +138,5 @@ def told(setting: Setting) -> str:
         changes.append({"normalised": "normalised", "rotary": "no rotary"}.get(axis, f"{axis} {value}"))
     if setting["before"]:
         changes = [text for text in changes if not text.startswith(("before", "room"))]
-        changes.append(f"behind {setting['before']} x{setting['room']:g}")
+        changes.append(f"after {setting['before']} x{setting['room']:g}")
     return ", ".join(changes) or "adaptinfer"

@@ -69,7 +69,7 @@ MUTANTS = [
         "tests/test_graphs.py::test_several_buckets",
     ),
     Mutant(
-        "graphs: an answer reads what the answer before it left behind its room",
+        "graphs: an answer reads what the previous answer left beyond its own entries",
         "DecodingGraph.begin",
         "shared.seen.zero_()",
         "pass",
@@ -90,7 +90,7 @@ MUTANTS = [
         "tests/test_graphs.py::test_many_prompts_of_a_bucket_share_a_graph",
     ),
     Mutant(
-        "graphs: compact positions of the layers behind a stage are those of the prompt",
+        "graphs: compact positions of the layers after a stage are those of the prompt",
         "DecodingGraph.begin",
         "shared.shift.copy_(history.shift)",
         "pass",
@@ -322,7 +322,7 @@ MUTANTS = [
         "tests/test_engine_exact.py::test_keeping_all_is_vanilla_bit_for_bit",
     ),
     Mutant(
-        "a failed call leaves its state behind",
+        "a failed call leaves its state in place",
         "Entry._within_forward.eagerly",
         "try:\n    output = run(*args, **kwargs)\nfinally:\n    ACTIVE.reset(token)",
         "try:\n    output = run(*args, **kwargs)\nexcept Exception:\n    ACTIVE.reset(token)\n    raise",
@@ -547,14 +547,14 @@ MUTANTS = [
         "tests/test_methods_inside.py::test_asking_the_next_layer_leaves_no_trace",
     ),
     Mutant(
-        "methods: a stage behind its layer reports an early drop",
+        "methods: a stage after its layer reports an early drop",
         "Handle.__init__",
         "self.early_drop = early_drop and not pruner.acts_behind",
         "self.early_drop = early_drop",
         "tests/test_methods_inside.py::test_asking_the_next_layer_leaves_no_trace",
     ),
     Mutant(
-        "methods: a stage behind its layer is given the layer's input",
+        "methods: a stage after its layer is given the layer's input",
         "Forward._choose_after",
         "selection = self.stages.select(dataclasses.replace(view, output=hidden.to(view.query.device)))",
         "selection = self.stages.select(dataclasses.replace(view, output=view.hidden))",

@@ -55,7 +55,7 @@ def test_candidates_around_a_setting():
 def test_settings_in_words():
     assert told(PLAIN) == "adaptinfer"
     changed = PLAIN | {"words": "union", "rotary": False, "before": "divprune", "room": 1.5}
-    assert told(changed) == "words union, no rotary, behind divprune x1.5"
+    assert told(changed) == "words union, no rotary, after divprune x1.5"
 
 
 @settings(max_examples=150, deadline=None)

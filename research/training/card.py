@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
-from measure import BEHIND, FEW, RUNS, TOKENS
+from measure import AFTER, FEW, RUNS, TOKENS
 from safetensors import safe_open
 
 from adaptinfer.bench.environment import environment
@@ -211,7 +211,7 @@ def pruned(documents: dict[str, Any]) -> str:
     kinds = [kind for kind in SINGLE if kind in task["kinds"]]
     rows = [_row("all", _condition(task, "vanilla"), kinds)]
     for budget in TOKENS:
-        for series in ("adaptinfer", BEHIND, "random", "random-before", "stride", "stride-before", "resized"):
+        for series in ("adaptinfer", AFTER, "random", "random-before", "stride", "stride-before", "resized"):
             name = f"{series} {budget}"
             found = _condition(task, name)
             if found is not None:

@@ -30,7 +30,7 @@ FEW = 0.11
 """A true share of the vision tokens at which scenes must tell methods apart (see the model card)."""
 TOKENS = (128, 64, 32, 16)
 """True averages of vision tokens a layer."""
-BEHIND = "divprune >> adaptinfer"
+AFTER = "divprune >> adaptinfer"
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ def _sanity() -> list[Condition]:
 
 
 def _pruned() -> list[Condition]:
-    """Every method at every budget; below what layer 0 alone is given, AdaptInfer stands behind DivPrune."""
+    """Every method at every budget. Where AdaptInfer alone cannot meet one, DivPrune selects before it."""
     found = conditions(["adaptinfer", "random", "stride", "random-before", "stride-before"], TOKENS, seeds=1)
     found = [each for each in found if each.series not in ("evidence", "blank", "shuffled", "wrong")]
     least = min(TOKENS)
-    behind = DivPrune(budget=2 * least) >> AdaptInfer(budget=least)
-    return [*found, Condition(f"{BEHIND} {least}", BEHIND, least, behind)]
+    after = DivPrune(budget=2 * least) >> AdaptInfer(budget=least)
+    return [*found, Condition(f"{AFTER} {least}", AFTER, least, after)]
 
 
 def _few() -> list[Condition]:

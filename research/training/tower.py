@@ -21,7 +21,7 @@ _SHARPNESS = 10.0  # of the matching
 
 
 class Teacher(nn.Module):
-    """What the tower is trained with and leaves behind: a linear head for each target, and words for captions."""
+    """Used to train the tower, then dropped: a linear head for each target, and words for captions."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
