@@ -2,7 +2,8 @@
 
 A block's language says what happens to it: ``python`` runs, in one namespace per page; ``bash`` is parsed command by
 command, and run if ``<!-- run -->`` stands on the line before; ``json`` must parse. A comment ``<!-- needs ... -->`` or
-``<!-- shown -->`` on the line before a Python block means that it is compiled but not run.
+``<!-- shown -->`` on the line before a Python block means that it is compiled but not run, ``<!-- file: NAME -->`` that
+it is written to that file for the blocks below.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from adaptinfer.cli.app import app
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
-LANGUAGES = ("python", "bash", "json")
+LANGUAGES = ("python", "bash", "json", "toml")
 
 
 def examples(page: Path) -> list[Example]:
@@ -42,7 +43,10 @@ def mark(example: Example) -> str:
 
 def run_python(example: Example) -> None:
     code = compile("\n" * example.line + example.parsed, example.path, "exec")
-    if not mark(example).startswith(("needs", "shown")):
+    kind, _, what = mark(example).partition(" ")
+    if kind == "file:":
+        Path(what).write_text(example.parsed, encoding="utf-8")
+    elif kind not in ("needs", "shown"):
         exec(code, example.namespace)
 
 
@@ -50,6 +54,7 @@ def run_bash(example: Example) -> None:
     for command in commands(example.parsed):
         check(command)
         if mark(example) == "run":
+            command = command[2:] if command[:2] == ["python", "-m"] else command
             assert command[0] == "adaptinfer", "only our own commands are run"
             result = CliRunner().invoke(app, command[1:])
             assert result.exit_code == 0, f"{shlex.join(command)}: {result.output}"
@@ -60,7 +65,7 @@ def read_json(example: Example) -> None:
         json.loads(line)
 
 
-EVALUATORS = {"python": run_python, "bash": run_bash, "json": read_json}
+EVALUATORS = {"python": run_python, "bash": run_bash, "json": read_json}  # toml is shown: Python 3.10 has no parser
 
 
 def commands(text: str) -> list[list[str]]:
@@ -81,7 +86,7 @@ def commands(text: str) -> list[list[str]]:
 def check(words: list[str]) -> None:
     """Raise unless the command exists and takes these arguments."""
     program = words[0].removeprefix(".venv/bin/")
-    if "adaptinfer" in words and words[0] in ("accelerate", "torchrun"):
+    if "adaptinfer" in words and words[0] in ("accelerate", "torchrun", "python"):
         program, words = "adaptinfer", words[words.index("adaptinfer") :]
     if program == "adaptinfer":
         parse(words[1:])
@@ -110,6 +115,7 @@ def folder(tmp_path, monkeypatch):
     for name in ("examples", "src", "research"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
 
