@@ -86,7 +86,7 @@ def commands(text: str) -> list[list[str]]:
 def check(words: list[str]) -> None:
     """Raise unless the command exists and takes these arguments."""
     program = words[0].removeprefix(".venv/bin/")
-    if "adaptinfer" in words and words[0] in ("accelerate", "torchrun", "python"):
+    if "-m adaptinfer " in " ".join(words):  # python, accelerate, torchrun
         program, words = "adaptinfer", words[words.index("adaptinfer") :]
     if program == "adaptinfer":
         parse(words[1:])
