@@ -27,7 +27,7 @@ from adaptinfer.evaluation.journal import Journal
 from adaptinfer.evaluation.plan import EvaluationPlan, units
 from adaptinfer.evaluation.runner import run
 from adaptinfer.evaluation.summary import finite, summarise
-from adaptinfer.pruners.before import SelectsBefore
+from adaptinfer.pruners.before import Selector, TwoPart
 from adaptinfer.schedule import BEFORE
 
 WAYS = ONE_CUT, AFTER = "one cut", "after CDPruner"
@@ -36,7 +36,7 @@ _SEEDS = 3
 
 def scores() -> dict[str, Pruner]:
     """Every method inside the model, and the score of AdaptInfer+; budgets are placeholders."""
-    inside = {name: method for name, method in METHODS.items() if not issubclass(method, SelectsBefore)}
+    inside = {name: method for name, method in METHODS.items() if not issubclass(method, (Selector, TwoPart))}
     del inside["textguided"]  # as it stands it is AdaptInfer
     found = {name: method(budget=1) for name, method in inside.items()}
     return {"adaptinfer+": TextGuided(budget=1, words="max"), **found}

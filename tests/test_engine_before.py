@@ -44,9 +44,9 @@ from adaptinfer import (
 from adaptinfer.engine.vision.images import Images, select_before
 from adaptinfer.engine.vision.recorder import Recorder
 from adaptinfer.engine.vision.tower import Encoded
-from adaptinfer.pruners.before import Selector, SelectsBefore
+from adaptinfer.pruners.before import Selector, TwoPart
 
-METHODS_BEFORE = {name: method for name, method in METHODS.items() if issubclass(method, SelectsBefore)}
+METHODS_BEFORE = {name: method for name, method in METHODS.items() if issubclass(method, (Selector, TwoPart))}
 MERGING = {"visionzip", "prumerge", "prumerge+", "scans", "vscan", "pool", "tome"}
 each_method = pytest.mark.parametrize("method", METHODS_BEFORE.values(), ids=METHODS_BEFORE)
 # ToMe merges inside CLIP and SigLIP towers only; see test_tome.
@@ -131,7 +131,7 @@ def test_meets_a_true_average(models, method, budget):
         held[stage.layer + 1 :] = [int(stage.kept_mask.sum())] * (tiny.LAYERS - stage.layer - 1)
     assert tuple(held) == report.tokens_per_layer[0], "the report says what really happened"
     (schedule,), (text,) = report.schedules, report.text_tokens
-    early_drop = not pruner.acts_behind
+    early_drop = not pruner.capabilities.acts_after
     assert report.flops == schedule.prefill_flops(report.shape, text, vision, early_drop=early_drop)
 
 
@@ -215,7 +215,7 @@ def test_nothing_is_read_on_the_host(method):
     encoded = Encoded("image", [16] * 4, [((4, 4),)] * 4)
     shapes = {"attention": (4, 16, 3), "joined": (4, 16, 1), "keys": (4, 16, 3, 5)}
     shapes |= {"projector": (4, 16, 7), "groups": (4, 16, 1)}
-    encoded.taken = {read: [torch.zeros(shapes[read.what], device="meta")] for read in pruner.reads}
+    encoded.taken = {read: [torch.zeros(shapes[read.what], device="meta")] for read in pruner.capabilities.reads}
 
     class Layout:
         vision_counts, unguided_counts = counts, (0, 0, 0, 0)
@@ -299,7 +299,7 @@ def test_vision_tokens_are_traced_to_their_tower_tokens(monkeypatch, name):
     with attach(model, pruner), torch.no_grad():
         model(**inputs)
         images = seen[0]
-        encoded, tower, (read,) = images._encoded[0], images._tower, pruner.reads
+        encoded, tower, (read,) = images._encoded[0], images._tower, pruner.capabilities.reads
         encode = model.base_model.get_image_features
         arguments = {key: value for key, value in inputs.items() if key in inspect.signature(encode).parameters}
 

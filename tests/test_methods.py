@@ -14,11 +14,12 @@ from test_engine_cost import layout_of
 
 from adaptinfer import METHODS, Schedule, ScheduleError, SparseVLM, Stage, attach, from_pretrained
 from adaptinfer.engine import entry
+from adaptinfer.pruners.before import Selector, TwoPart
 
 STAGES = Schedule((Stage(1, 20), Stage(3, 6)), tiny.LAYERS)
 SHARES = Schedule((Stage(1, 0.4), Stage(3, 0.3)), tiny.LAYERS)
 # Methods that select before the language model have tests of their own.
-INSIDE = {name: method for name, method in METHODS.items() if not hasattr(method, "select_before")}
+INSIDE = {name: method for name, method in METHODS.items() if not issubclass(method, (Selector, TwoPart))}
 # SparseVLM merges dropped tokens into survivors, which no mask can undo; without that it is the masked run.
 MASKED = {name: SparseVLM(schedule=SHARES, recycled=0) if name == "sparsevlm" else None for name in INSIDE}
 each_method = pytest.mark.parametrize("method", INSIDE.values(), ids=INSIDE)

@@ -539,9 +539,9 @@ def test_every_family(zoo_models, family, name):  # noqa: F811
     depth = len(model.get_decoder().layers)
     layers = list(SCORING.get(family, range(depth - 1)))
     pruner = MASKED[name] or METHODS[name](budget=0.5)
-    if "next" in pruner.needs:
+    if "next" in pruner.capabilities.needs:
         layers = [layer - 1 for layer in SCORING.get(family, range(depth)) if layer]
-    if pruner.acts_behind and family == "gemma4":
+    if pruner.capabilities.acts_after and family == "gemma4":
         layers = [layer for layer in layers if layer < 3]
     stages = tuple(Stage(layer, share) for layer, share in zip(layers[:2], (0.5, 0.4), strict=False))
     pruner = type(pruner)(schedule=Schedule(stages, depth), **({"recycled": 0} if name == "sparsevlm" else {}))

@@ -303,7 +303,7 @@ def test_varying_counts_are_the_masked_run(models, options):
 
 def test_varying_counts_behind_a_selection(models):
     pruner = DivPrune(budget=0.5) >> TextGuided(budget=0.3, mass=0.3)
-    assert pruner.varies
+    assert pruner.capabilities.varies
     _, report = run(models("llava"), tiny.batch("llava", prompts("llava")), pruner)
     assert [len(row) for row in report.kept[0]] == [25, 49, 25]
     for average, count in zip(report.true_average, report.vision_tokens, strict=True):

@@ -7,8 +7,7 @@ import tiny
 import torch
 
 from adaptinfer import ToMe, UnsupportedError, attach
-from adaptinfer.engine.vision.merging import merge_step
-from adaptinfer.pruners.tome import match
+from adaptinfer.pruners.tome import match, merge_step
 
 
 def test_matching_by_hand():

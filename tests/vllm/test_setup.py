@@ -117,7 +117,9 @@ def test_settings_that_do_not_fit(configured):
     [
         (
             name,
-            f"{name} needs {', '.join(sorted(each.needs))}" if each.needs else f"{name} selects before the language",
+            f"{name} needs {', '.join(sorted(each.capabilities.needs))}"
+            if each.capabilities.needs
+            else f"{name} selects before the language",
         )
         for name, each in ALL.items()
         if name not in SERVED

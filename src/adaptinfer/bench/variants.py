@@ -98,7 +98,7 @@ def variants(
     # A budget of all tokens is solved without a stage: hooks, masks and cache layers run, and nothing is dropped.
     found = [Variant(VANILLA), Variant(KEEP_ALL, AdaptInfer(budget=vision_tokens))]
     for name, pruner, published in pruned:
-        if pruner.acts_behind:  # it needs the outputs of all tokens, so there is no early drop
+        if pruner.capabilities.acts_after:  # it needs the outputs of all tokens, so there is no early drop
             found.append(Variant(name, pruner, False, published))
             continue
         if early_drop in ("on", "both"):
@@ -113,7 +113,7 @@ def variants(
     if not compiled:
         return found
     beside = [[variant, replace(variant, name=f"{variant.name}, compiled", compiled=True)] for variant in found[1:]]
-    pairs = [pair[: 1 + (not hasattr(pair[0].pruner, "select_before"))] for pair in beside]
+    pairs = [pair[: 1 + (pair[0].pruner is None or not pair[0].pruner.capabilities.before)] for pair in beside]
     return [found[0], *(variant for pair in pairs for variant in pair)]
 
 
@@ -136,7 +136,7 @@ def check_variants(
             if variant.pruner is None:
                 schedule = Schedule((), num_layers, vision_tokens)
             else:
-                layers = family.stage_layers(variant.pruner.needs)
+                layers = family.stage_layers(variant.pruner.capabilities.needs)
                 schedule = variant.pruner.plan(num_layers, vision_tokens, layers)
             schedule.keeps(vision_tokens)
         except ScheduleError as error:

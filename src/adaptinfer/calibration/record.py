@@ -22,7 +22,7 @@ from adaptinfer.checkpoints import check_question, processed
 from adaptinfer.engine.families import family_of, placeholders_of
 from adaptinfer.engine.handle import Handle
 from adaptinfer.errors import InputError, UnsupportedError
-from adaptinfer.pruners.contracts import Pruner
+from adaptinfer.pruners.contracts import Capabilities, Pruner
 from adaptinfer.pruners.views import StageView
 from adaptinfer.schedule import ModelShape, Schedule
 
@@ -62,10 +62,14 @@ class _Observer(Pruner):
 
     name: ClassVar[str] = "observer"
     reference: ClassVar[str] = "calibration"
-    observes: ClassVar[bool] = True
 
     method: Pruner | None = None
     seen: list[tuple[int, Tensor, Tensor]] = field(default_factory=list, compare=False)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        all_heads = "" if self.method is None else self.method.capabilities.all_heads
+        return Capabilities(observes=True, all_heads=all_heads)
 
     def score(self, view: StageView) -> Tensor:
         assert self.method is not None
@@ -150,7 +154,7 @@ class Reader:
 
 def check_method(method: Pruner) -> None:
     """Refuse a method whose choice is no ranking by a score of a layer's own. Raises UnsupportedError."""
-    if type(method).score is Pruner.score or method.needs - {"next"}:
+    if type(method).score is Pruner.score or set(method.capabilities.needs) - {"next"}:
         raise UnsupportedError(
             f"method: {type(method).__name__} does not rank tokens by a score that each layer can tell by itself, so "
             "there is nothing to record; calibrate with AdaptInfer or another method that scores"

@@ -43,12 +43,13 @@ class Stages:
 
     def __init__(self, owner: Attachment, plan: CallPlan) -> None:
         self._family, self._pruner, self._ranks, self._plan = owner.family, owner.pruner, owner.ranks, plan
+        self._can = owner.pruner.capabilities
         self.segment: Segment | None = None
         self.upcoming: Segment | None = None
         self.segments: dict[int, Segment] = {}
         self.records: list[StageRecord] = []
         self.keeps: dict[int, tuple[int, ...]] = {}
-        self.acting_after = frozenset(layer for layer in plan.stages if layer >= 0 and owner.pruner.acts_behind)
+        self.acting_after = frozenset(layer for layer in plan.stages if layer >= 0 and self._can.acts_after)
         self.waiting: StageView | None = None
         self.entered: Tensor | None = None
         self.rotary: Any = None
@@ -80,7 +81,7 @@ class Stages:
             `StageView.visible`.
         """
         view = self.view(layer, query, key, mask, options)
-        if self._pruner.observes:  # no segment, and so no gathers and no masks of its own
+        if self._can.observes:  # no segment, and so no gathers and no masks of its own
             self._pruner.score(view)
             self._observed.add(layer)
             self.entered = None
@@ -131,7 +132,7 @@ class Stages:
 
     def view(self, layer: int, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]) -> StageView:
         """What the pruner sees; ``key`` [B, K, P + n, D] holds entries in use only."""
-        layout, device, needs = self._plan.layout, query.device, self._pruner.needs
+        layout, device, needs = self._plan.layout, query.device, self._can.needs
         assert layout is not None and self.entered is not None
         vision, text, valid = self._tokens(device)
         text_index, text_mask = layout.text_rectangle(text)
@@ -150,7 +151,7 @@ class Stages:
                     f"{self._pruner.name} looks at rotary embedding, but layer {layer} is given none; use another one"
                 )
             rotation = Rotation(self._family.rotate[layer + ("next" in needs)], *rotary)
-        return StageView(
+        stage = StageView(
             layer=layer,
             query=query,
             key=key,
@@ -171,6 +172,9 @@ class Stages:
             rotation=rotation,
             final_norm=self._family.final_norm if "norm" in needs else None,
         )
+        if self._can.all_heads:
+            stage.need_all_heads(f"{self._pruner.name} {self._can.all_heads}")
+        return stage
 
     def _prompt(self, device: torch.device) -> PromptView:
         layout, embeddings = self._plan.layout, self.embeddings

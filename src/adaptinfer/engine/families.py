@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,8 +91,8 @@ class Family:
     rotate: dict[int, Callable[[Tensor, Tensor, Tensor], Tensor]]
     final_norm: Callable[[Tensor], Tensor] | None = None
 
-    def stage_layers(self, needs: frozenset[str]) -> tuple[int, ...]:
-        """Layers in which a stage of a method with these `Pruner.needs` may sit."""
+    def stage_layers(self, needs: Collection[str]) -> tuple[int, ...]:
+        """Layers in which a stage of a method with these `Capabilities.needs` may sit."""
         if "next" in needs:  # whose keys are scored
             return tuple(layer - 1 for layer in self.scoring if layer)
         if "output" in needs:  # layers that share keys may be given the last tokens alone, the others' outputs are gone

@@ -70,7 +70,7 @@ class Forward:
 
     def scores_in(self, layer: int) -> bool:
         """Whether this layer's attention is where a stage looks; some look at the layer after theirs."""
-        return layer in self.plan.stages and "next" not in self.owner.pruner.needs
+        return layer in self.plan.stages and "next" not in self.owner.pruner.capabilities.needs
 
     def dropping(self, layer: int) -> Tensor | None:
         """Rows that go on, if this layer need not compute the others' outputs; None for every other layer."""
@@ -118,7 +118,7 @@ class Forward:
             ``hidden``, with merged tokens in it if the pruner merged any.
         """
         view = self.stages.waiting
-        if "next" in self.owner.pruner.needs:
+        if "next" in self.owner.pruner.capabilities.needs:
             view = self._ask(layer, hidden, kwargs, run)
         if view is None:
             return hidden  # the layer's attention went another way; `Stages.check` tells
@@ -177,7 +177,7 @@ class Forward:
             Hidden states, and the keyword arguments that change.
         """
         stages = self.plan.stages
-        if layer == 0 and stages and "embeddings" in self.owner.pruner.needs:
+        if layer == 0 and stages and "embeddings" in self.owner.pruner.capabilities.needs:
             self.stages.embeddings = hidden
         if layer == 0 and BEFORE in stages:
             hidden = self.stages.choose_before(hidden)

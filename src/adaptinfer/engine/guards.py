@@ -126,12 +126,12 @@ def check_needs(family: Family, pruner: Pruner) -> None:
     Raises:
         UnsupportedError: naming both.
     """
-    if "rotary" in pruner.needs and len(family.rotate) < len(family.scoring):
+    if "rotary" in pruner.capabilities.needs and len(family.rotate) < len(family.scoring):
         raise UnsupportedError(
             f"{pruner.name} takes rotary embedding off again, and {family.model_type} does not show how it is put on; "
             "use another method, or a newer transformers"
         )
-    if "norm" in pruner.needs and family.final_norm is None:
+    if "norm" in pruner.capabilities.needs and family.final_norm is None:
         raise UnsupportedError(
             f"{pruner.name} compares hidden states after the model's last normalisation, which was not found in "
             f"{family.model_type}; use another method"
@@ -158,7 +158,7 @@ def check_past(pruner: Pruner, cache: Any, past: int) -> None:
         UnsupportedError: naming the method.
     """
     plain = all(map(is_plain, cache.layers))
-    if past and not plain and "next" in pruner.needs:
+    if past and not plain and "next" in pruner.capabilities.needs:
         raise UnsupportedError(
             f"{pruner.name} reads the cached keys of the layer after a stage, so a new image in a later turn needs a "
             f"plain DynamicCache; begin with an empty cache, {_ESCAPE}"
@@ -175,7 +175,7 @@ def check_counts(pruner: Pruner, cache: Any) -> None:
     Raises:
         UnsupportedError: some layer of the cache is static.
     """
-    if pruner.varies and any(isinstance(layer, StaticLayer) for layer in cache.layers):
+    if pruner.capabilities.varies and any(isinstance(layer, StaticLayer) for layer in cache.layers):
         raise UnsupportedError(
             f"{pruner.name} settles how many tokens of each sample stay while it runs, and a static cache must be told "
             "beforehand; leave cache_implementation unset, or let counts be fixed (mass=None)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from adaptinfer.engine.attachment import Attachment
@@ -19,9 +18,7 @@ from adaptinfer.engine.report import Report
 from adaptinfer.engine.reporter import Reporter
 from adaptinfer.engine.vision.recorder import Recorder
 from adaptinfer.errors import AdaptInferError
-from adaptinfer.pruners.before import SelectsBefore
 from adaptinfer.pruners.contracts import Pruner
-from adaptinfer.pruners.tome import ToMe
 from adaptinfer.schedule import ModelShape, Schedule
 
 _HANDLE = "_adaptinfer_handle"
@@ -51,7 +48,8 @@ class Handle:
         check_needs(family, pruner)
         shape = ModelShape.from_config(model.config)
         self.pruner = pruner
-        self.early_drop = early_drop and not pruner.acts_behind  # which needs the outputs of all tokens
+        can = pruner.capabilities
+        self.early_drop = early_drop and not can.acts_after  # which needs the outputs of all tokens
         self._model_type = family.model_type
         self._attachment: Attachment | None = Attachment(
             model=model,
@@ -64,12 +62,9 @@ class Handle:
             calls=Calls(),
         )
         self._calls = self._attachment.calls
-        recorder = None
-        if isinstance(pruner, SelectsBefore):
-            groups = functools.partial(pruner.groups, shape.num_layers) if isinstance(pruner, ToMe) else None
-            recorder = Recorder(model.base_model, model.config, pruner.reads, groups)
+        recorder = Recorder(model.base_model, model.config, can.reads, can.merging) if can.before else None
         self._planner = Planner(pruner, family, shape.num_layers)
-        self._reporter = Reporter(shape, self._planner, self.early_drop, pruner.varies)
+        self._reporter = Reporter(shape, self._planner, self.early_drop, can.varies)
         self._patches = Patches()
         hooks = DecoderHooks(self._attachment, self._patches)
         self._entry: Entry | None = Entry(self._attachment, self._planner, hooks, recorder, self._reporter)

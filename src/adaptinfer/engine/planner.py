@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from adaptinfer.engine.families import Family
 from adaptinfer.engine.layout import PromptLayout
-from adaptinfer.pruners.before import SelectsBefore
 from adaptinfer.pruners.contracts import Pruner
 from adaptinfer.schedule import BEFORE, Schedule, ScheduleError
 
@@ -18,7 +17,7 @@ class Planner:
         """
         self.num_layers = num_layers
         self._pruner, self._model_type, self._scoring = pruner, family.model_type, family.scoring
-        self._stage_layers = family.stage_layers(pruner.needs)
+        self._stage_layers = family.stage_layers(pruner.capabilities.needs)
         self._plans: dict[int, Schedule] = {}
         if pruner.schedule is not None:
             pruner.schedule.check(num_layers)
@@ -38,23 +37,24 @@ class Planner:
 
     def _check(self, schedule: Schedule) -> None:
         name = self._pruner.name
-        if not isinstance(self._pruner, SelectsBefore) and any(stage.layer == BEFORE for stage in schedule.stages):
+        if not self._pruner.capabilities.before and any(stage.layer == BEFORE for stage in schedule.stages):
             raise ScheduleError(
                 f"stages: {name} scores inside a layer, so it cannot select before the first one (layer {BEFORE}); put "
                 "a method that can before it, as in DivPrune(budget=128) >> AdaptInfer(budget=64)"
             )
         odd = [stage.layer for stage in schedule.stages if stage.layer not in (BEFORE, *self._stage_layers)]
         if odd:
+            before_one = ", or stands before one" if self._pruner.capabilities.acts_after else ""
             raise ScheduleError(
                 f"stages: layer {odd[0]} has no keys of its own to score with (linear attention, or keys of an earlier "
-                f"layer){', or stands before one' if self._pruner.acts_behind else ''}; {name} can prune "
+                f"layer){before_one}; {name} can prune "
                 f"{self._model_type} in layers {', '.join(map(str, self._stage_layers))}"
             )
 
     def stages(self, layout: PromptLayout) -> dict[int, tuple[int, ...]]:
         """Vision tokens that each sample keeps after each stage; stages at which no sample drops any are left out."""
         left = list(layout.vision_counts)
-        if self._pruner.observes:
+        if self._pruner.capabilities.observes:
             return dict.fromkeys(self._scoring, layout.vision_counts) if any(left) else {}
         planned: dict[int, dict[int, int]] = {}
         for row, count in enumerate(layout.vision_counts):

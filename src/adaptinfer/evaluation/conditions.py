@@ -12,7 +12,7 @@ from adaptinfer.checkpoints import Checkpoint
 from adaptinfer.errors import AdaptInferError, InputError
 from adaptinfer.evaluation.controls import ORACLES, RESIZED, VIEWS, Evidence
 from adaptinfer.pruners import Random, registry
-from adaptinfer.pruners.before import SelectsBefore, TwoPart
+from adaptinfer.pruners.before import Selector, TwoPart
 from adaptinfer.pruners.config import from_pretrained
 from adaptinfer.pruners.contracts import Positions, Pruner, PrunerError
 from adaptinfer.schedule import Schedule, ScheduleError
@@ -213,7 +213,7 @@ def _from_file(name: str, seeds: int) -> Condition:
 
 def stage_of(method: type[Pruner] | None) -> str:
     """Where a method prunes: ``inside`` the language model, ``before`` it, or ``both``."""
-    if method is None or not issubclass(method, SelectsBefore):
+    if method is None or not issubclass(method, (Selector, TwoPart)):
         return "inside"
     return "both" if issubclass(method, TwoPart) else "before"
 

@@ -13,31 +13,16 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from adaptinfer.pruners.contracts import Need, Pruner, PrunerError, Selection, published_schedules
-from adaptinfer.pruners.views import FeatureView, Read, StageView
+from adaptinfer.pruners.contracts import Capabilities, Pruner, PrunerError, Selection, published_schedules
+from adaptinfer.pruners.views import FeatureView, StageView
 from adaptinfer.schedule import BEFORE, Budget, Schedule, ScheduleError, Stage
 
 
-class SelectsBefore(ABC):
-    """What a pruner can do that may have a stage at layer -1."""
-
-    @property
-    def reads(self) -> tuple[Read, ...]:
-        """What it needs of the vision tower; nothing, if projected features are enough."""
-        return ()
-
-    @abstractmethod
-    def select_before(self, view: FeatureView) -> Selection:
-        """Choose ``view.keep`` vision tokens of each row by their features, before the language model.
-
-        ``hidden`` of the result are features with which kept tokens enter layer 0, for methods that merge.
-        """
-
-
 @dataclasses.dataclass(frozen=True)
-class Selector(SelectsBefore, Pruner):
-    """A method with one stage, before the language model. Every layer is given what it keeps, so a budget is met to
-    half a token.
+class Selector(Pruner):
+    """A method with one stage, before the language model; it defines `select_before`.
+
+    Every layer is given what it keeps, so a budget is met to half a token.
 
     ``selector >> pruner`` is both, one after the other, as one pruner; the budget of the second is then the true
     average of the whole.
@@ -47,12 +32,16 @@ class Selector(SelectsBefore, Pruner):
     published_positions = "compact"
     """Authors drop tokens before their LLaVA numbers any."""
 
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(before=True)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.schedule is not None and any(stage.layer != BEFORE for stage in self.schedule.stages):
             raise PrunerError(
                 f"schedule: {self.name} selects before the language model, so its only stage is at layer {BEFORE}; "
-                "for stages inside, put a second method behind it: selector >> pruner"
+                "for stages inside, put a second method after it: selector >> pruner"
             )
 
     def plan(self, num_layers: int, vision_tokens: int, scoring: Sequence[int] | None = None) -> Schedule:
@@ -67,28 +56,21 @@ class Selector(SelectsBefore, Pruner):
 
 
 @dataclasses.dataclass(frozen=True)
-class TwoPart(SelectsBefore, Pruner):
+class TwoPart(Pruner, ABC):
     """A pruner whose stage at layer -1 is one method's and whose stages inside are another's."""
 
     @property
     @abstractmethod
     def parts(self) -> tuple[Any, Pruner]:
-        """The method before the language model, a `SelectsBefore`, and the one inside it."""
+        """The method before the language model and the one inside it."""
 
     @property
-    def reads(self) -> tuple[Read, ...]:
-        return self.parts[0].reads
+    def capabilities(self) -> Capabilities:
+        first = self.parts[0].capabilities
+        return dataclasses.replace(self.parts[1].capabilities, before=True, reads=first.reads, merging=first.merging)
 
     def __rshift__(self, other: Any) -> Any:
         raise PrunerError(f"{self.name} >> ...: it has both parts already; compose its selection with another method")
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return self.parts[1].needs
-
-    @property
-    def varies(self) -> bool:
-        return self.parts[1].varies
 
     def select_before(self, view: FeatureView) -> Selection:
         return self.parts[0].select_before(view)

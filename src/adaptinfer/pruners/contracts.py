@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, get_args
@@ -17,7 +17,7 @@ from typing_extensions import Self
 from adaptinfer.errors import AdaptInferError
 from adaptinfer.files import write_whole
 from adaptinfer.functional import per_sample, top_k_mask
-from adaptinfer.pruners.views import StageView
+from adaptinfer.pruners.views import FeatureView, Read, StageView
 from adaptinfer.schedule import Budget, Schedule, ScheduleError, Stage, solve
 
 Positions = Literal["keep", "compact"]
@@ -41,14 +41,61 @@ class Selection:
         kept: bool [B, V], aligned with ``view.vision_index``; exactly as many True per sample as the stage keeps.
         score: float [B, V], what the report shows of each token.
         hidden: [B, V, d] hidden states with which the kept tokens go on, where some were merged; None if none was.
-            Only methods that need "output" or "next" can change them, for only these act behind the layer.
-        keeps: how many of each sample are kept, where the method settled that itself (see `Pruner.varies`).
+            Only methods that need "output" or "next" can change them, for only these act after the layer.
+        keeps: how many of each sample are kept, where the method decided that (see `Capabilities.varies`).
     """
 
     kept: Tensor
     score: Tensor
     hidden: Tensor | None = None
     keeps: tuple[int, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Merging:
+    """How a method merges tokens inside the vision tower.
+
+    Attributes:
+        groups: (depth of the language model, tokens of a picture) -> groups that the picture ends with.
+        step: one step of merging, called in every block, as `adaptinfer.pruners.tome.merge_step` is.
+    """
+
+    groups: Callable[[int, int], int]
+    step: Callable[[Tensor, Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Capabilities:
+    """What a method asks of the engine and what it may do to a call. Engine and servers ask this record, not the class.
+
+    Attributes:
+        before: it can have a stage before the language model, at layer -1, and defines `Pruner.select_before`.
+        reads: what it needs of the vision tower; nothing, if projected features are enough.
+        merging: how it merges tokens inside the vision tower, if it does.
+        needs: what it reads besides queries, keys and hidden states of the stage's layer: "embeddings"
+            (`StageView.prompt`), "rotary" (`StageView.without_rotary`, `StageView.of_ones`), "norm"
+            (`StageView.final_norm`), "output" (the hidden states that leave the layer) and "next" (queries and keys of
+            the next layer, in place of its own).
+        all_heads: why its score needs all heads at once, as in "chooses among heads"; such a method is refused where
+            ranks of tensor parallelism hold some heads each. Empty if the score is a sum over heads.
+        varies: it may keep fewer tokens of a sample than the schedule says, by what it sees of it. Counts are then
+            known only after a stage, which costs one host read a stage and rules out whatever needs them beforehand:
+            static caches, captured graphs, vLLM.
+        observes: it only looks: it scores in every layer that has keys of its own, and nothing is dropped.
+    """
+
+    before: bool = False
+    reads: tuple[Read, ...] = ()
+    merging: Merging | None = None
+    needs: tuple[Need, ...] = ()
+    all_heads: str = ""
+    varies: bool = False
+    observes: bool = False
+
+    @property
+    def acts_after(self) -> bool:
+        """Whether a stage acts after its layer, which then computes the outputs of all tokens: no early drop."""
+        return "output" in self.needs or "next" in self.needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +120,6 @@ class Pruner:
     published: ClassVar[Mapping[str, Schedule]] = MappingProxyType({})
     """Schedules as published, by ``model/label``."""
     published_positions: ClassVar[Positions] = "keep"
-    observes: ClassVar[bool] = False
-    """Whether it only looks: it is asked to score in every layer that has keys of its own, and nothing is dropped."""
 
     budget: float | None = None
     schedule: Schedule | None = None
@@ -94,29 +139,9 @@ class Pruner:
                 raise PrunerError(str(error)) from None
 
     @property
-    def needs(self) -> frozenset[Need]:
-        """What the method reads besides queries, keys and hidden states of its own layer.
-
-        "embeddings" (`StageView.prompt`), "rotary" (`StageView.without_rotary`, `StageView.of_ones`), "norm"
-        (`StageView.final_norm`), "output" (the hidden states that leave the layer) and "next" (queries and keys of the
-        layer behind, in place of its own). With the latter two a stage acts behind its layer, which then computes the
-        outputs of all tokens: no early drop.
-        """
-        return frozenset()
-
-    @property
-    def acts_behind(self) -> bool:
-        """Whether the choice is made behind the stage's layer, when its outputs are there."""
-        return bool(self.needs & {"output", "next"})
-
-    @property
-    def varies(self) -> bool:
-        """Whether it may keep fewer tokens of a sample than the schedule says, by what it sees of it.
-
-        Counts are then known only when a stage has looked, which costs one host read a stage and rules out whatever
-        needs them beforehand: static caches, captured graphs, vLLM.
-        """
-        return False
+    def capabilities(self) -> Capabilities:
+        """What the method asks of the engine, and what it may do to a call. By default nothing beyond its own layer."""
+        return Capabilities()
 
     def score(self, view: StageView) -> Tensor:
         """Score the vision tokens that entered a stage; the largest stay.
@@ -136,6 +161,13 @@ class Pruner:
         score = self.score(view)
         candidates = torch.ones_like(score, dtype=torch.bool) if view.vision_mask is None else view.vision_mask
         return Selection(top_k_mask(score, candidates, per_sample(keeps, score.device)), score)
+
+    def select_before(self, view: FeatureView) -> Selection:
+        """Choose ``view.keep`` vision tokens of each row by their features, before the language model.
+
+        ``hidden`` of the result are features with which kept tokens enter layer 0, for methods that merge.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define select_before")
 
     def plan(self, num_layers: int, vision_tokens: int, scoring: Sequence[int] | None = None) -> Schedule:
         """The schedule for a prompt with that many vision tokens; a function of these counts alone.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from adaptinfer.functional import gather_tokens, per_sample, top_k_mask
-from adaptinfer.pruners.contracts import Need, Pruner, PrunerError, Selection, published_schedules
+from adaptinfer.pruners.contracts import Capabilities, Pruner, PrunerError, Selection, published_schedules
 from adaptinfer.pruners.views import StageView
 
 
@@ -40,8 +40,8 @@ class DART(Pruner):
             raise PrunerError(f"pivots: must be a whole number of at least 1, not {self.pivots!r}")
 
     @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"output", "norm"})
+    def capabilities(self) -> Capabilities:
+        return Capabilities(needs=("output", "norm"))
 
     def select(self, view: StageView, keeps: tuple[int, ...]) -> Selection:
         assert view.output is not None and view.final_norm is not None

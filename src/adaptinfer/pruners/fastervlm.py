@@ -6,7 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from adaptinfer.pruners.before import Selector
-from adaptinfer.pruners.contracts import Selection
+from adaptinfer.pruners.contracts import Capabilities, Selection
 from adaptinfer.pruners.selecting import of_score
 from adaptinfer.pruners.views import FeatureView, Read
 
@@ -27,8 +27,8 @@ class FasterVLM(Selector):
     layer: int = -2
 
     @property
-    def reads(self) -> tuple[Read, ...]:
-        return (Read("attention", self.layer),)
+    def capabilities(self) -> Capabilities:
+        return Capabilities(before=True, reads=(Read("attention", self.layer),))
 
     def select_before(self, view: FeatureView) -> Selection:
         return of_score(view.attention(self.layer).mean(dim=1), view.keep)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adaptinfer.functional import attention_rows, gather_tokens, per_sample, top_k_mask
-from adaptinfer.pruners.contracts import Need, Pruner, PrunerError, Selection, published_schedules
+from adaptinfer.pruners.contracts import Capabilities, Pruner, PrunerError, Selection, published_schedules
 from adaptinfer.pruners.views import StageView
 
 
@@ -42,8 +42,8 @@ class FEATHER(Pruner):
             raise PrunerError(f"stride: must be a whole number of at least 1, not {self.stride!r}")
 
     @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"rotary"})
+    def capabilities(self) -> Capabilities:
+        return Capabilities(needs=("rotary",))
 
     def score(self, view: StageView) -> Tensor:
         plain = view.without_rotary

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from adaptinfer.pruners.contracts import Pruner, published_schedules
+from adaptinfer.pruners.contracts import Capabilities, Pruner, published_schedules
 from adaptinfer.pruners.views import StageView
 
 # Tokens deleted in layers 0, 1, ... of LLaVA-1.5-7B, by the FLOPs that are saved; none in later layers.
@@ -37,8 +37,11 @@ class FitPrune(Pruner):
     reference: ClassVar[str] = "arXiv 2409.10197"
     published = published_schedules({label: _keeps(deleted) for label, deleted in _DELETED.items()})
 
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(all_heads="takes the largest attention over heads")
+
     def score(self, view: StageView) -> Tensor:
-        view.need_all_heads("fitprune takes the largest attention over heads")
         cross = self._received(view, view.text_index, view.text_mask)
         return cross * self._received(view, view.vision_index, view.vision_mask)
 

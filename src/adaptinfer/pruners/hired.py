@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adaptinfer.pruners.before import Selector
-from adaptinfer.pruners.contracts import Selection, check_setting
+from adaptinfer.pruners.contracts import Capabilities, Selection, check_setting
 from adaptinfer.pruners.selecting import rank_within, shared_out, top
 from adaptinfer.pruners.views import FeatureView, Read
 
@@ -44,8 +44,8 @@ class HiRED(Selector):
         check_setting("overview_share", self.overview_share, 0, 1)
 
     @property
-    def reads(self) -> tuple[Read, ...]:
-        return Read("attention", self.layer), Read("attention", self.early_layer)
+    def capabilities(self) -> Capabilities:
+        return Capabilities(before=True, reads=(Read("attention", self.layer), Read("attention", self.early_layer)))
 
     def select_before(self, view: FeatureView) -> Selection:
         pictures = view.need_pictures(self.name)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adaptinfer.functional import gather_tokens, marked_first
 from adaptinfer.pruners.before import Selector
-from adaptinfer.pruners.contracts import Selection, check_setting, published_schedules
+from adaptinfer.pruners.contracts import Capabilities, Selection, check_setting, published_schedules
 from adaptinfer.pruners.selecting import top, unit, with_merged
 from adaptinfer.pruners.views import FeatureView, Read
 from adaptinfer.schedule import BEFORE
@@ -47,8 +47,9 @@ class PruMerge(Selector):
         check_setting("neighbours", self.neighbours, 0, 2**20, whole=True)
 
     @property
-    def reads(self) -> tuple[Read, ...]:
-        return Read("joined", self.layer), Read("keys", self.layer), Read("projector")
+    def capabilities(self) -> Capabilities:
+        reads = Read("joined", self.layer), Read("keys", self.layer), Read("projector")
+        return Capabilities(before=True, reads=reads)
 
     def select_before(self, view: FeatureView) -> Selection:
         attention = view.joined_attention(self.layer)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from adaptinfer.pruners.contracts import Need, Pruner, published_schedules
+from adaptinfer.pruners.contracts import Capabilities, Pruner, published_schedules
 from adaptinfer.pruners.views import StageView
 
 
@@ -27,8 +27,8 @@ class PyramidDrop(Pruner):
     published_positions = "compact"
 
     @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"next"})
+    def capabilities(self) -> Capabilities:
+        return Capabilities(needs=("next",))
 
     def score(self, view: StageView) -> Tensor:
         return view.last_to_vision

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptinfer.functional import gather_tokens, per_sample, top_k_mask
-from adaptinfer.pruners.contracts import Need, Pruner, PrunerError, Selection, published_schedules
+from adaptinfer.pruners.contracts import Capabilities, Pruner, PrunerError, Selection, published_schedules
 from adaptinfer.pruners.views import PromptView, StageView
 
 _TOKENS_A_CLUSTER = 10
@@ -71,8 +71,8 @@ class SparseVLM(Pruner):
             raise PrunerError(f"recycled: must be a share of at least 0 and below 1, not {self.recycled!r}")
 
     @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"embeddings", "output"} if self.recycled else {"embeddings"})
+    def capabilities(self) -> Capabilities:
+        return Capabilities(needs=("embeddings", "output") if self.recycled else ("embeddings",))
 
     def score(self, view: StageView) -> Tensor:
         assert view.prompt is not None
@@ -148,11 +148,10 @@ class SparseVLMPlus(Pruner):
             raise PrunerError(f"heads: must be a share above 0 and at most 1, not {self.heads!r}")
 
     @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"embeddings", "rotary"})
+    def capabilities(self) -> Capabilities:
+        return Capabilities(needs=("embeddings", "rotary"), all_heads="chooses among heads")
 
     def score(self, view: StageView) -> Tensor:
-        view.need_all_heads("sparsevlm+ chooses among heads")
         assert view.prompt is not None
         raters = choose_raters(view.prompt)
         position = _of_position(view)

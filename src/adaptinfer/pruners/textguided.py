@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adaptinfer.functional import evenly_spaced, gather_tokens, per_sample, soft_prior, top_k_mask
-from adaptinfer.pruners.contracts import Need, Pruner, PrunerError, Selection, check_setting
+from adaptinfer.pruners.contracts import Capabilities, Pruner, PrunerError, Selection, check_setting
 from adaptinfer.pruners.selecting import unit
 from adaptinfer.pruners.views import StageView
 
@@ -84,12 +84,14 @@ class TextGuided(Pruner):
                 )
 
     @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset() if self.rotary else frozenset({"rotary"})
-
-    @property
-    def varies(self) -> bool:
-        return self.mass is not None
+    def capabilities(self) -> Capabilities:
+        all_heads = ""
+        if self.heads < 1:
+            all_heads = f"with heads={self.heads} chooses among heads"
+        elif self.coverage and self.covers == "keys":
+            all_heads = "with covers='keys' compares keys of all heads"
+        needs = () if self.rotary else ("rotary",)
+        return Capabilities(needs=needs, all_heads=all_heads, varies=self.mass is not None)
 
     def score(self, view: StageView) -> Tensor:
         seen = view if self.rotary else view.without_rotary
@@ -108,7 +110,7 @@ class TextGuided(Pruner):
         return votes.amax(dim=1)  # over one row, but for "max"
 
     def select(self, view: StageView, keeps: tuple[int, ...]) -> Selection:
-        if not self.coverage and not self.varies:
+        if not self.coverage and self.mass is None:
             return super().select(view, keeps)
         score, device = self.score(view), view.query.device
         candidates = torch.ones_like(score, dtype=torch.bool) if view.vision_mask is None else view.vision_mask
@@ -148,7 +150,6 @@ class TextGuided(Pruner):
         """Which heads count, bool [B, H]; None if all do."""
         if self.heads == 1:
             return None
-        view.need_all_heads(f"{self.name} with heads={self.heads} chooses among heads")
         votes = (_to_vision(part, rows == 1) for part in view.by_heads(rows))
         mass = torch.cat([some.sum(dim=(2, 3)) for some in votes], dim=1)
         count = max(1, math.floor(self.heads * view.all_heads + 0.5))
@@ -158,7 +159,6 @@ class TextGuided(Pruner):
         """What coverage compares, [B, V, ..]."""
         if self.covers == "hidden":
             return gather_tokens(view.hidden, view.vision_index, dim=1)
-        view.need_all_heads(f"{self.name} with covers='keys' compares keys of all heads")
         return gather_tokens(view.key, view.past + view.vision_index, dim=2).transpose(1, 2).flatten(2)
 
 

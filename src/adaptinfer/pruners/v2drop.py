@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from adaptinfer.functional import gather_tokens
-from adaptinfer.pruners.contracts import Need, Pruner, published_schedules
+from adaptinfer.pruners.contracts import Capabilities, Pruner, published_schedules
 from adaptinfer.pruners.views import StageView
 
 
@@ -25,8 +25,8 @@ class V2Drop(Pruner):
     published = published_schedules({"code": {2: 0.5, 16: 0.5, 21: 1}})
 
     @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"output"})
+    def capabilities(self) -> Capabilities:
+        return Capabilities(needs=("output",))
 
     def score(self, view: StageView) -> Tensor:
         assert view.output is not None

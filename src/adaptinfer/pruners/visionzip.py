@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 
 from adaptinfer.functional import gather_tokens, marked_first
 from adaptinfer.pruners.before import Selector
-from adaptinfer.pruners.contracts import PrunerError, Selection, check_setting
+from adaptinfer.pruners.contracts import Capabilities, PrunerError, Selection, check_setting
 from adaptinfer.pruners.selecting import nearest, split, top, with_merged
 from adaptinfer.pruners.views import FeatureView, Read
 
@@ -47,8 +47,9 @@ class VisionZip(Selector):
             raise PrunerError(f"merge: must be one of {get_args(Merge)}, not {self.merge!r}")
 
     @property
-    def reads(self) -> tuple[Read, ...]:
-        return Read("attention", self.layer), Read("keys", self.layer), Read("projector")
+    def capabilities(self) -> Capabilities:
+        reads = Read("attention", self.layer), Read("keys", self.layer), Read("projector")
+        return Capabilities(before=True, reads=reads)
 
     def select_before(self, view: FeatureView) -> Selection:
         attention = view.attention(self.layer).sum(dim=1)

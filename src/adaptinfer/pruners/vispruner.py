@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adaptinfer.functional import gather_tokens
 from adaptinfer.pruners.before import Selector
-from adaptinfer.pruners.contracts import Selection, check_setting
+from adaptinfer.pruners.contracts import Capabilities, Selection, check_setting
 from adaptinfer.pruners.selecting import unit
 from adaptinfer.pruners.views import FeatureView, Read
 
@@ -42,8 +42,8 @@ class VisPruner(Selector):
         check_setting("step", self.step, 1, 2**20, whole=True)
 
     @property
-    def reads(self) -> tuple[Read, ...]:
-        return Read("attention", self.layer), Read("projector")
+    def capabilities(self) -> Capabilities:
+        return Capabilities(before=True, reads=(Read("attention", self.layer), Read("projector")))
 
     def select_before(self, view: FeatureView) -> Selection:
         attention = view.attention(self.layer).mean(dim=1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adaptinfer.functional import gather_tokens, marked_first
 from adaptinfer.pruners.before import Selector, TwoPart
-from adaptinfer.pruners.contracts import Pruner, Selection, check_setting, published_schedules
+from adaptinfer.pruners.contracts import Capabilities, Pruner, Selection, check_setting, published_schedules
 from adaptinfer.pruners.pyramiddrop import PyramidDrop
 from adaptinfer.pruners.selecting import nearest, rank_within, top, with_merged
 from adaptinfer.pruners.views import FeatureView, Grids, Read
@@ -54,8 +54,9 @@ class Scans(Selector):
         check_setting("local_layer", self.local_layer, 0, _TOWER - 1, whole=True)
 
     @property
-    def reads(self) -> tuple[Read, ...]:
-        return Read("attention", self.local_layer, _TOWER), Read("attention", self.layer)
+    def capabilities(self) -> Capabilities:
+        reads = Read("attention", self.local_layer, _TOWER), Read("attention", self.layer)
+        return Capabilities(before=True, reads=reads)
 
     def select_before(self, view: FeatureView) -> Selection:
         windows = _windows(sum(view.need_pictures(self.name), ()), self.window).to(view.features.device)

@@ -270,9 +270,9 @@ class Compiled:
             decoder.config, "use_bidirectional_attention", False
         ):
             return f"{family.model_type} reads its prompt in both directions, which is not captured yet"
-        if pruner.varies:
+        if pruner.capabilities.varies:
             return f"{pruner.name} settles while it runs how many tokens stay, and a graph must know beforehand"
-        if pruner.observes:
+        if pruner.capabilities.observes:
             return f"{pruner.name} looks at every layer, and nothing is dropped"
         if self._attachment.ranks.several:
             return "tensor parallelism adds scores up over ranks, which is not captured yet"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adaptinfer.errors import UnsupportedError
 from adaptinfer.functional import gather_tokens
-from adaptinfer.pruners.contracts import Selection
+from adaptinfer.pruners.contracts import Pruner, Selection
 from adaptinfer.pruners.views import FeatureView, Grids, Read
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from adaptinfer.engine.layout import PromptLayout
     from adaptinfer.engine.vision.tower import Encoded, Tower
-    from adaptinfer.pruners.before import SelectsBefore
 
 __all__ = ["Images", "select_before"]
 
@@ -139,7 +138,7 @@ class Images:
 
 
 def select_before(
-    pruner: SelectsBefore,
+    pruner: Pruner,
     hidden: Tensor,
     images: Images,
     vision_index: Tensor,

@@ -6,8 +6,8 @@ equal tokens computes the same. Groups form between a block's attention and its 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 from adaptinfer.engine.patches import Patches
 from adaptinfer.engine.vision.tower import RECORDING, Encoded, Tower
 from adaptinfer.errors import UnsupportedError
-from adaptinfer.functional import gather_tokens, marked_first
-from adaptinfer.pruners.tome import match
+from adaptinfer.pruners.contracts import Merging
 from adaptinfer.pruners.views import Read
+from adaptinfer.schedule import ModelShape
 
 _TOWERS = ("clip_vision_model", "siglip_vision_model")  # whose blocks add attention straight to their input
 GROUPS = Read("groups")
@@ -27,11 +27,11 @@ GROUPS = Read("groups")
 class TowerMerging:
     """Merges tokens in the first blocks of a tower, those in front of the features that the model reads."""
 
-    def __init__(self, tower: Tower, config: Any, groups: Callable[[int], int]) -> None:
+    def __init__(self, tower: Tower, config: Any, merging: Merging) -> None:
         """Args:
         tower: the vision tower.
         config: of the multimodal model.
-        groups: tokens of a picture -> groups that it ends with.
+        merging: the method's.
 
         Raises:
             UnsupportedError: the tower is of another kind.
@@ -43,7 +43,8 @@ class TowerMerging:
         layers = [layers] if isinstance(layers, int) else list(layers)
         depth = len(tower.blocks)
         self.blocks = max(layer if layer >= 0 else depth + 1 + layer for layer in layers)
-        self.tower, self._groups = tower, groups
+        self.tower, self._step = tower, merging.step
+        self._groups = functools.partial(merging.groups, ModelShape.from_config(config).num_layers)
 
     def install(self, patches: Patches) -> None:
         """Put the hooks on; the keys come from the tower's taps."""
@@ -86,42 +87,10 @@ class TowerMerging:
         goal = self._groups(tokens)
         count = min(math.ceil(max(0, left - goal) / (self.blocks - number)), left // 2)
         with torch.autocast(states.device.type, enabled=False):
-            patches, group, active = merge_step(states[:, first:].float(), keys, group, active, count, first)
+            patches, group, active = self._step(states[:, first:].float(), keys, group, active, count, first)
         recording.groups = group, active, left - count
         if number == self.blocks - 1:
             sizes = (group[:, :, None] == active[:, None, :]).sum(dim=1).float()
             marks = states.new_zeros(batch, tokens, dtype=torch.float32).scatter(1, active, sizes)
             recording.taken[GROUPS] = [torch.nn.functional.pad(marks, (first, 0))[..., None]]
         return torch.cat([states[:, :first], patches.to(states.dtype)], dim=1)
-
-
-def merge_step(
-    states: Tensor, keys: Tensor, group: Tensor, active: Tensor, count: int, first: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge ``count`` groups into others; a group's state is the mean over its members.
-
-    Args:
-        states: [n, P, d], behind the block's attention; equal within a group.
-        keys: [n, P, D] likewise.
-        group: int64 [n, P], the token that stands for each token's group.
-        active: int64 [n, m], the tokens that stand for groups, in the order in which they are matched.
-        count: at most half of the groups.
-        first: as in `match`.
-
-    Returns:
-        The new states, group and active: first those that might have merged and did not, then the others.
-    """
-    if not count:
-        return states, group, active
-    source, target = match(gather_tokens(keys, active, dim=1), count, first)
-    source, target = active.gather(1, source), active.gather(1, target)
-    batch, tokens = group.shape
-    towards = torch.arange(tokens, device=group.device).expand(batch, -1).scatter(1, source, target)
-    group = towards.gather(1, group)
-    alive = torch.zeros_like(group, dtype=torch.bool).scatter(1, active, True).scatter(1, source, False)
-    order = torch.cat([active[:, first::2], active[:, 1 - first :: 2]], dim=1)
-    active = order.gather(1, marked_first(alive.gather(1, order), active.shape[1] - count))
-    belongs = (group[:, None, :] == active[:, :, None]).float()
-    means = belongs @ states / belongs.sum(dim=2, keepdim=True)
-    whole = torch.zeros_like(states).scatter(1, active[..., None].expand_as(means), means)
-    return gather_tokens(whole, group, dim=1), group, active

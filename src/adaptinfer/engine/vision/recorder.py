@@ -21,6 +21,7 @@ from adaptinfer.engine.patches import Patches
 from adaptinfer.engine.vision.images import Images
 from adaptinfer.engine.vision.merging import TowerMerging
 from adaptinfer.engine.vision.tower import RECORDING, TOWER_ATTENTION, Encoded, Tower, attention_in_tower
+from adaptinfer.pruners.contracts import Merging
 from adaptinfer.pruners.views import Read
 
 _PROJECTED = frozenset({"llava", "llava_next"})  # a projector that takes tokens one by one, and nothing after it
@@ -29,14 +30,12 @@ _PROJECTED = frozenset({"llava", "llava_next"})  # a projector that takes tokens
 class Recorder:
     """Records the encodings of one attached model, for a pruner that selects before the language model."""
 
-    def __init__(
-        self, base: Any, config: Any, reads: Sequence[Read], groups: Callable[[int], int] | None = None
-    ) -> None:
+    def __init__(self, base: Any, config: Any, reads: Sequence[Read], merging: Merging | None = None) -> None:
         """Args:
         base: the multimodal model without its head.
         config: of the model.
         reads: what the pruner reads of the vision tower.
-        groups: for a pruner that merges in the tower: tokens of a picture -> groups that it ends with.
+        merging: of a pruner that merges in the tower.
 
         Raises:
             UnsupportedError: the tower does not have it.
@@ -47,11 +46,11 @@ class Recorder:
         self.cell = getattr(config, "scale_factor", 0) * getattr(vision, "patch_size", 0)  # Idefics3, SmolVLM
         self.tower = Tower(base, self.model_type, reads) if reads else None
         self._merging = None
-        if groups is not None:
+        if merging is not None:
             plain = Tower(base, self.model_type, ())
-            keys = [Read("keys", number) for number in range(TowerMerging(plain, config, groups).blocks)]
+            keys = [Read("keys", number) for number in range(TowerMerging(plain, config, merging).blocks)]
             self.tower = Tower(base, self.model_type, keys)
-            self._merging = TowerMerging(self.tower, config, groups)
+            self._merging = TowerMerging(self.tower, config, merging)
         self.projector = base.multi_modal_projector if self.model_type in _PROJECTED else None
         self.kinds = {kind: _placeholders(config, kind) for kind in ("image", "video")}
 

@@ -43,7 +43,7 @@ class Encoded:
         patches: tower tokens of each of them.
         packed: int64 [F] on the CPU, where the model itself says which tower token each feature comes from (-1: none).
         mixed: whether features were interpolated between tower tokens.
-        groups: while tokens merge in the tower: see `merging.merge_step`; and how many groups are left.
+        groups: while tokens merge in the tower: see `pruners.tome.merge_step`; and how many groups are left.
         patch_grid: the processor's (frames, rows, columns) of patches of each image, where a model takes them.
     """
 

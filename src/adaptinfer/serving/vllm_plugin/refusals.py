@@ -7,7 +7,6 @@ import os
 from typing import Any
 
 from adaptinfer.errors import UnsupportedError
-from adaptinfer.pruners.before import SelectsBefore
 from adaptinfer.serving.settings import check_share, named
 from adaptinfer.serving.vllm_plugin.configuration import planner_of, vision_spans
 from adaptinfer.serving.vllm_plugin.plan import Planner
@@ -97,17 +96,18 @@ def check_configuration(config: Any, source: str) -> None:
 def _check_method(planner: Planner) -> None:
     """Refuse methods that read what vLLM does not show a layer, or that select before the language model."""
     pruner = planner.pruner
-    if pruner.varies:
+    can = pruner.capabilities
+    if can.varies:
         raise UnsupportedError(
             f"AdaptInfer in vLLM: {pruner.name} decides during the forward how many tokens of each prompt stay, and "
             "vLLM needs these counts beforehand; make them fixed (mass=None)"
         )
-    if pruner.needs:
+    if can.needs:
         raise UnsupportedError(
-            f"AdaptInfer in vLLM: {pruner.name} needs {', '.join(sorted(pruner.needs))}, and in vLLM a method reads "
+            f"AdaptInfer in vLLM: {pruner.name} needs {', '.join(sorted(can.needs))}, and in vLLM a method reads "
             "queries, keys and hidden states of its own layer; use one that needs only these, such as fastv"
         )
-    if isinstance(pruner, SelectsBefore):
+    if can.before:
         raise UnsupportedError(
             f"AdaptInfer in vLLM: {pruner.name} selects before the language model, and vLLM has counted the prompt's "
             "tokens by then; use a method that prunes inside it"

@@ -76,6 +76,8 @@ class Step:
                     view = self._view(
                         number, layer, query[:, part], key[:, part], hidden[part], segment.missing[number], heads
                     )
+                    if reason := pruner.capabilities.all_heads:
+                        view.need_all_heads(f"{pruner.name} {reason}")
                     keep = segment.stage[number]
                     places = places[self._keep(number, view, pruner.select(view, (keep,)).kept, keep)]
                 parts.append(places)
