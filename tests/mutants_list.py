@@ -534,9 +534,9 @@ MUTANTS = [
     ),
     Mutant(
         "methods: PyramidDrop scores by its own layer",
-        "PyramidDrop.needs",
-        'return frozenset({"next"})',
-        'return frozenset({"output"})',
+        "PyramidDrop.capabilities",
+        'return Capabilities(needs=("next",))',
+        'return Capabilities(needs=("output",))',
         "tests/test_methods_inside.py::test_it_keeps_what_its_formula_says",
     ),
     Mutant(
@@ -549,7 +549,7 @@ MUTANTS = [
     Mutant(
         "methods: a stage after its layer reports an early drop",
         "Handle.__init__",
-        "self.early_drop = early_drop and not pruner.acts_behind",
+        "self.early_drop = early_drop and not can.acts_after",
         "self.early_drop = early_drop",
         "tests/test_methods_inside.py::test_asking_the_next_layer_leaves_no_trace",
     ),
@@ -766,7 +766,7 @@ MUTANTS = [
     Mutant(
         "varying counts: a static cache is filled with the wrong counts",
         "check_counts",
-        "if pruner.varies and any(isinstance(layer, StaticLayer) for layer in cache.layers):",
+        "if pruner.capabilities.varies and any(isinstance(layer, StaticLayer) for layer in cache.layers):",
         "if False:",
         "tests/test_textguided.py::test_varying_counts_are_refused_where_they_must_be_known",
     ),
@@ -779,9 +779,9 @@ MUTANTS = [
     ),
     Mutant(
         "TextGuided: vLLM is not told that queries and keys before rotation are needed",
-        "TextGuided.needs",
-        'return frozenset() if self.rotary else frozenset({"rotary"})',
-        "return frozenset()",
+        "TextGuided.capabilities",
+        'needs = () if self.rotary else ("rotary",)',
+        "needs = ()",
         "tests/test_textguided.py::test_vllm_serves_what_queries_and_keys_decide",
     ),
     Mutant(
@@ -1116,8 +1116,8 @@ MUTANTS = [
     Mutant(
         "published code: ToMe forgets that the class token has a place",
         "TowerMerging._merge",
-        "merge_step(states[:, first:].float(), keys, group, active, count, first)",
-        "merge_step(states[:, first:].float(), keys, group, active, count)",
+        "self._step(states[:, first:].float(), keys, group, active, count, first)",
+        "self._step(states[:, first:].float(), keys, group, active, count, 0)",
         "tests/test_tome.py",
     ),
     Mutant(

@@ -109,8 +109,7 @@ class Bench:
             return between_marks
 
         for name in ("select", "select_before"):
-            if hasattr(timed, name):
-                object.__setattr__(timed, name, wrapped(getattr(variant.pruner, name)))  # the dataclass is frozen
+            object.__setattr__(timed, name, wrapped(getattr(variant.pruner, name)))  # the dataclass is frozen
         with self.attached(variant, timed):
             self.first_token()
         self.clock.synchronise()
