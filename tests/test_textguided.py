@@ -30,7 +30,7 @@ from adaptinfer import (
 )
 from adaptinfer.pruners.textguided import farthest_added, holding, in_turn
 from adaptinfer.serving.vllm_plugin.plan import Planner
-from adaptinfer.serving.vllm_plugin.setup import _check_method
+from adaptinfer.serving.vllm_plugin.refusals import check_method
 
 HEADS, KV_HEADS = 4, 2  # of tiny.llava
 
@@ -320,7 +320,7 @@ def test_varying_counts_are_refused_where_they_must_be_known(models):
         with pytest.raises(UnsupportedError, match="static cache"):
             model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(UnsupportedError, match=r"vLLM must be told beforehand; let counts be fixed"):
-        _check_method(Planner(TextGuided(budget=0.3, mass=0.5), 6))
+        check_method(Planner(TextGuided(budget=0.3, mass=0.5), 6))
     with pytest.raises(PrunerError, match="mass: the union of words"):
         TextGuided(budget=0.3, mass=0.5, words="union")
     with pytest.raises(PrunerError, match="mass: must be a number from 0 to 1"):
@@ -386,10 +386,10 @@ def test_behind_a_selection_before_the_model(models, tmp_path):
 
 def test_vllm_serves_what_queries_and_keys_decide():
     for words in ("soft", "uniform", "last", "max", "union"):
-        _check_method(Planner(TextGuided(budget=0.3, words=words, heads=0.5), 6))
-    _check_method(Planner(TextGuided(budget=0.3, coverage=0.2), 6))
+        check_method(Planner(TextGuided(budget=0.3, words=words, heads=0.5), 6))
+    check_method(Planner(TextGuided(budget=0.3, coverage=0.2), 6))
     with pytest.raises(UnsupportedError, match="textguided needs rotary, and in vLLM a method reads queries, keys"):
-        _check_method(Planner(TextGuided(budget=0.3, rotary=False), 6))
+        check_method(Planner(TextGuided(budget=0.3, rotary=False), 6))
 
 
 @pytest.mark.parametrize(

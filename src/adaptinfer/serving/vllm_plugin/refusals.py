@@ -90,10 +90,10 @@ def check_configuration(config: Any, source: str) -> None:
     with named(source):
         planner = planner_of(config)  # raises if the schedule is for another depth
         check_share(planner.pruner, planner.num_layers)
-    _check_method(planner)
+    check_method(planner)
 
 
-def _check_method(planner: Planner) -> None:
+def check_method(planner: Planner) -> None:
     """Refuse methods that read what vLLM does not show a layer, or that select before the language model."""
     pruner = planner.pruner
     can = pruner.capabilities
