@@ -319,7 +319,7 @@ def test_varying_counts_are_refused_where_they_must_be_known(models):
             model(**inputs, past_key_values=cache)
         with pytest.raises(UnsupportedError, match="static cache"):
             model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
-    with pytest.raises(UnsupportedError, match=r"vLLM must be told beforehand; let counts be fixed"):
+    with pytest.raises(UnsupportedError, match=r"vLLM needs these counts beforehand; make them fixed"):
         check_method(Planner(TextGuided(budget=0.3, mass=0.5), 6))
     with pytest.raises(PrunerError, match="mass: the union of words"):
         TextGuided(budget=0.3, mass=0.5, words="union")
