@@ -172,9 +172,9 @@ def test_the_first_stage_keeps_in_a_run_what_the_objective_says(checkpoint, mode
             model(**inputs)
         first = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero()[0, 0])
         kept = handle.report.kept[0][0].numpy() - first
-        behind = reading.mass[3:, kept].sum() + reading.mass[:3].sum()
+        later = reading.mass[3:, kept].sum() + reading.mass[:3].sum()
         schedule = Schedule((Stage(2, 9),), 12, 256)
-        assert mass.of(schedule)[row] == pytest.approx(behind / reading.mass.sum(), abs=1e-6)
+        assert mass.of(schedule)[row] == pytest.approx(later / reading.mass.sum(), abs=1e-6)
 
 
 def test_a_fingerprint_tells_models_apart(models):

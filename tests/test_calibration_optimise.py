@@ -204,9 +204,9 @@ def test_two_stages_lie_close_to_a_search_of_all_pairs():
         for keep in range(1, tokens, 2):
             span = second - first
             left = budget - (first + 1) * tokens - span * keep
-            behind = min(keep - 1, left // (depth - 1 - second))
-            if left >= 0 and behind >= 0:
-                best = max(best, mass.of(mass.schedule((first, second), (keep, behind))).mean())
+            later = min(keep - 1, left // (depth - 1 - second))
+            if left >= 0 and later >= 0:
+                best = max(best, mass.of(mass.schedule((first, second), (keep, later))).mean())
     choice, _ = optimise(mass, TokenCost(), budget, 2)
     assert choice.kept_mass >= best - 0.001
 
@@ -242,7 +242,7 @@ def test_the_published_shape_is_that_of_the_solver():
 
 def test_stages_sit_where_they_can():
     mass = KeptMass(readings(3, 12, [40] * 3), range(3, 12, 4))
-    assert mass.possible == (3, 7), "the last layer has nobody behind it"
+    assert mass.possible == (3, 7), "no layer follows the last"
     choice, _ = optimise(mass, TokenCost(), 240)
     assert {stage.layer for stage in choice.schedule.stages} <= {3, 7}
 
