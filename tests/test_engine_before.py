@@ -574,7 +574,7 @@ def test_a_composition_file_that_makes_no_sense(tmp_path):
     file = tmp_path / "adaptinfer_config.json"
     good = file.read_text()
     for old, new, message in [
-        ('"method": "divprune"', '"method": "divine"', "before: method: unknown 'divine'"),
+        ('"method": "divprune"', '"method": "divine"', "before: method: there is no method 'divine'"),
         ('"prior_weight"', '"prior_height"', "inside: prior_height: no setting of adaptinfer"),
         ('"method": "divprune"', '"method": "random"', "before: must select before the language model"),
         ('"before"', '"after"', "after: no setting of composed"),

@@ -29,7 +29,7 @@ def test_round_trip(tmp_path, pruner):
     [
         ({"format": "something"}, PrunerError, "format"),
         ({"version": 2}, PrunerError, "version: 2 .* upgrade"),
-        ({"method": "magic"}, PrunerError, "method: unknown 'magic'; known are adaptinfer, random"),
+        ({"method": "magic"}, PrunerError, "method: there is no method 'magic'; there are adaptinfer, random"),
         ({"seed": 3}, PrunerError, "seed: no setting of adaptinfer"),
         ({"budget": -1}, PrunerError, "budget"),
         ({"budget": None, "schedule": {"version": 1}}, ScheduleError, "format"),

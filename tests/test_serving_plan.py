@@ -209,7 +209,7 @@ def test_settings_of_every_form(tmp_path):
         ("{", "here: not valid JSON"),
         (7, "here: must be a folder, a file or a JSON object"),
         ("[7]", r"here: must be a folder, a file or a JSON object, not \[7\]"),
-        ({"method": "magic", "budget": 1}, "here: method: unknown 'magic'"),
+        ({"method": "magic", "budget": 1}, "here: method: there is no method 'magic'"),
         ({"budget": 1, "speed": 2}, "here: speed: no setting of adaptinfer"),
         ({}, "give exactly one of budget"),
         ({"preset": "llava-1.5-7b/64", "schedule": {}}, "here: give a preset or a schedule"),

@@ -108,7 +108,7 @@ def test_settings_that_do_not_fit(configured):
             configured(setting)
     with pytest.raises(ScheduleError, match="^--additional-config: adaptinfer: budget: no picture"):
         configured("", additional_config={"adaptinfer": {"budget": 0.01}})
-    with pytest.raises(PrunerError, match=f"{CONFIG}: method: unknown 'magic'"):
+    with pytest.raises(PrunerError, match=f"{CONFIG}: method: there is no method 'magic'"):
         configured('{"method": "magic"}')
 
 

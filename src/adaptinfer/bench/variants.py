@@ -43,14 +43,13 @@ def check_names(methods: Sequence[str], presets: Sequence[str]) -> None:
     """Refuse unknown methods and presets.
 
     Raises:
-        InputError: there is no such method.
+        PrunerError: there is no such method.
         ScheduleError: there is no such preset.
     """
-    from adaptinfer.pruners import METHODS
+    from adaptinfer.pruners.registry import find
 
     for method in methods:
-        if method not in METHODS:
-            raise InputError(f"method: there is no method {method!r}; there are {', '.join(METHODS)}")
+        find(method)
     for name in presets:
         preset(name)
 
@@ -68,7 +67,7 @@ def variants(
     """Vanilla, keep-all, every method at every budget, the presets as the paper ran them, and schedules from files.
 
     Args:
-        methods: names in `METHODS`.
+        methods: names, or ``package.module:Class``.
         budgets: true averages in tokens, or below 1 as shares. None at all: a third, two ninths and a ninth of the
             vision tokens (192, 128 and 64 of 576), unless there are presets or schedules; those that layer 0 of a
             shallow model exceeds by itself are left out.
@@ -83,12 +82,13 @@ def variants(
         PrunerError: a budget that is no positive number.
         InputError: two different variants have one name.
     """
-    from adaptinfer.pruners import METHODS, AdaptInfer
+    from adaptinfer.pruners import AdaptInfer
+    from adaptinfer.pruners.registry import find
 
     if not budgets and not presets and not schedules:
         budgets = [max(1, round(share * vision_tokens)) for share in _USUAL_SHARES if share * num_layers > 1]
     pruned: list[tuple[str, Pruner, str | None]] = [
-        (f"{method} {budget:g}", METHODS[method](budget=budget), None) for method in methods for budget in budgets
+        (f"{method} {budget:g}", find(method)(budget=budget), None) for method in methods for budget in budgets
     ]
     for name in presets:
         model, _, label = name.partition("/")

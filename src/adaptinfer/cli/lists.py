@@ -8,12 +8,18 @@ from adaptinfer.schedule import MODEL_SHAPES, PRESETS, Schedule
 
 def methods() -> None:
     """List the pruning methods."""
-    from adaptinfer.pruners import METHODS
+    from adaptinfer.pruners.contracts import PrunerError
+    from adaptinfer.pruners.registry import find, names
 
     console = terminal.console()
     table = terminal.table(console, "method", "reference", "what it does")
-    for name, method in METHODS.items():
-        table.add_row(name, method.reference, (method.__doc__ or "").strip().splitlines()[0])
+    for name in names():
+        try:
+            method = find(name)
+        except PrunerError as error:  # of another package
+            table.add_row(name, "", str(error))
+            continue
+        table.add_row(name, method.reference, (method.__doc__ or name).strip().splitlines()[0])
     console.print(table)
 
 

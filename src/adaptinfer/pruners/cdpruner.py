@@ -21,7 +21,7 @@ class CDPruner(Selector):
 
     S is the cosine similarity of projected features. The authors' r comes from CLIP's text tower, which checkpoints of
     vision-language models do not carry; here it is the form of the OpenVINO port: the mean cosine between a vision
-    token and the language model's own embeddings of the text behind the image, scaled to 0..1 within each sample.
+    token and the language model's own embeddings of the text after the image, scaled to 0..1 within each sample.
     """
 
     name: ClassVar[str] = "cdpruner"

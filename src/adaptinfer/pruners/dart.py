@@ -20,9 +20,9 @@ class DART(Pruner):
 
     Pivots are the vision and the text tokens whose keys have the largest L1 norm (after rotary embedding, over all
     heads), vision first, larger norms first (the authors' code takes them in the order of a hash set). Similarity is
-    the cosine of the hidden states that leave the layer, behind the model's last normalisation; each pivot takes an
+    the cosine of the hidden states that leave the layer, after the model's last normalisation; each pivot takes an
     equal share of what is to be kept from the tokens that are left, a share larger by one if it comes early. Of 64 that
-    is 4 + 8 · 8: labels 192, 128 and 64 keep 8 ⌊T / 8⌋ + 4 behind layer 1, true averages of 219.8, 159.8 and 99.8.
+    is 4 + 8 · 8: labels 192, 128 and 64 keep 8 ⌊T / 8⌋ + 4 after layer 1, true averages of 219.8, 159.8 and 99.8.
 
     Attributes:
         pivots: of each kind.

@@ -1,4 +1,4 @@
-"""FastV: one stage behind an early layer, by the attention of the last token (arXiv 2403.06764)."""
+"""FastV: one stage after an early layer, by the attention of the last token (arXiv 2403.06764)."""
 
 from __future__ import annotations
 

@@ -24,11 +24,11 @@ class PruMerge(Selector):
     Attention is that of all heads joined into one: the softmax of products of whole queries and keys over the root of
     their width. Similar is the cosine of whole keys; what is added is weighed by attention. So is the sum of all that
     were not picked, which goes on as the last token of the budget, in the place of the last of them. The authors' code
-    puts it behind the picked ones, which stand by falling attention there.
+    puts it after the picked ones, which are ordered by falling attention.
 
     As published the number of tokens is that of the outliers of each picture, about 32 of 576; here it is the budget's,
     so that shapes are known beforehand. Merging happens in front of the projector where a model projects token by token
-    (LLaVA), else behind it.
+    (LLaVA), else after it.
 
     Attributes:
         neighbours: tokens that are added to each; with 0 nothing is merged at all.

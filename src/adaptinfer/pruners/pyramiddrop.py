@@ -15,7 +15,7 @@ from adaptinfer.pruners.views import StageView
 class PyramidDrop(Pruner):
     """Keep the vision tokens that the last instruction token attends to most, the mean over heads.
 
-    The attention is that of the layer *behind* the stage, from queries and keys made of this layer's output. So the
+    The attention is that of the layer *after* the stage, from queries and keys made of this layer's output. So the
     stage's own layer computes the outputs of all tokens, and the next one makes queries and keys of all of them twice.
 
     Published are 8 layers each with 576, 288, 144 and 72 tokens, a true average of 270.

@@ -33,7 +33,7 @@ def find(name: str) -> type[Pruner]:
     entry = _installed().get(name) if isinstance(name, str) else None
     if entry is None and not (isinstance(name, str) and ":" in name):
         raise PrunerError(
-            f"method: unknown {name!r}; known are {', '.join(names())}, and package.module:Class for one of your own"
+            f"method: there is no method {name!r}; there are {', '.join(names())}, and package.module:Class"
         )
     try:
         method = pkgutil.resolve_name(name) if entry is None else entry.load()

@@ -8,7 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from adaptinfer.functional import gather_tokens
+from adaptinfer.functional import gather_tokens, top_k_mask
 from adaptinfer.pruners.contracts import Selection
 from adaptinfer.pruners.views import FeatureView
 
@@ -50,8 +50,7 @@ def of_score(score: Tensor, keep: int) -> Selection:
 
 def top(score: Tensor, keep: int) -> Tensor:
     """Marks the ``keep`` largest of each row, bool [B, V]; of equal scores the earlier wins."""
-    order = score.sort(dim=1, descending=True, stable=True).indices[:, :keep]
-    return torch.zeros_like(score, dtype=torch.bool).scatter(1, order, True)
+    return top_k_mask(score, torch.ones_like(score, dtype=torch.bool), keep)
 
 
 def split(keep: int, share: float) -> tuple[int, int]:
@@ -100,7 +99,7 @@ def with_merged(view: FeatureView, centres: Tensor, changed: Tensor, merged: Ten
         view: the row's.
         centres: int64 [B, C].
         changed: bool [B, C], centres that something joined.
-        merged: [B, C, d] behind the projector.
+        merged: [B, C, d], outputs of the projector.
     """
     features = view.features.float()
     new = torch.where(changed[..., None], merged, gather_tokens(features, centres, dim=1))

@@ -47,7 +47,7 @@ class SparseVLM(Pruner):
 
     The score is the mean attention over heads and raters. Of the tokens that do not make it, the best 30 % and one more
     form ⌊n / 10⌋ + 1 clusters by density peaks, on the hidden states that leave the layer; each goes on as the mean of
-    its members, in the place of its centre (the authors' code puts it behind the picture). A stage's keep counts these
+    its members, in the place of its centre (the authors' code puts it after the picture). A stage's keep counts these
     merged tokens too: 300 + 9 of 576 are a keep of 309.
 
     Labels 192, 128 and 64 are true averages of 206.5, 145.4 and 82.2.
@@ -91,7 +91,7 @@ class SparseVLM(Pruner):
         candidates = torch.ones_like(score, dtype=torch.bool) if view.vision_mask is None else view.vision_mask
         kept = top_k_mask(score, candidates, per_sample(best, device))
 
-        # The next ones in the ranking; rows that merge fewer are filled up with a place behind the last token.
+        # The next ones in the ranking; rows that merge fewer are filled up with a place after the last token.
         ranking = score.masked_fill(~candidates, float("-inf")).sort(dim=1, descending=True, stable=True).indices
         rank = torch.arange(max(merged), device=device)
         there = (rank < per_sample(merged, device)).expand(batch, -1)

@@ -56,7 +56,7 @@ def match(keys: Tensor, count: int, first: int = 0) -> tuple[Tensor, Tensor]:
     Args:
         keys: [n, m, D], the mean over heads.
         count: how many merge, at most those at every second place.
-        first: the first of these places, 0 or 1; 1 behind a class token.
+        first: the first of these places, 0 or 1; 1 after a class token.
 
     Returns:
         Places of the tokens that merge and of those that they merge into, int64 [n, count] each.

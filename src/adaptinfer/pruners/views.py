@@ -60,7 +60,7 @@ class StageView:
     Attributes:
         layer: the decoder layer, from 0.
         query: [B, H, N, D] after rotary embedding; N tokens entered the layer. Under tensor parallelism H and K are
-            this rank's heads. For methods that need "next" these are the queries and keys that the layer behind would
+            this rank's heads. For methods that need "next" these are the queries and keys that the next layer would
             make of all N tokens.
         key: [B, K, P + N, D] after rotary embedding; P entries were in the layer's cache before.
         visible: what some query rows may see: int64 [B, n] -> [B, 1, n, P + N], bool (True = attend) or additive. The
@@ -220,7 +220,7 @@ class Read(NamedTuple):
 
     Attributes:
         what: ``attention`` that a token receives (from the class token; averaged over all tokens in towers without
-            one), the same with all heads ``joined`` into one, or ``keys`` of a block; ``hidden`` states behind it; what
+            one), the same with all heads ``joined`` into one, or ``keys`` of a block; ``hidden`` states after it; what
             goes into the ``projector``; the sizes of ``groups`` that merged in the tower, at the tokens that stand for
             them, zeros elsewhere.
         layer: the tower's block; from the end if negative. The projector has none.
@@ -258,7 +258,7 @@ class FeatureView:
 
     Attributes:
         features: [B, V, d], the projected features as they stand in the input of layer 0.
-        text: [B, T, d], embeddings of the text behind the last image.
+        text: [B, T, d], embeddings of the text after the last image.
         keep: how many vision tokens of each row stay, 0 < keep < V.
         pictures: for each picture of a row the grids that its vision tokens fill one after the other, rows x columns:
             one, as a rule; one a frame of a video; two for an any-resolution picture, its overview and its crops put
@@ -296,7 +296,7 @@ class FeatureView:
         return self._taken(Read("keys", layer, of))
 
     def hidden(self, layer: int, of: int = 0) -> Tensor:
-        """Hidden states behind a block of the tower, [B, V, w]."""
+        """Hidden states after a block of the tower, [B, V, w]."""
         return self._taken(Read("hidden", layer, of))
 
     @property

@@ -22,9 +22,9 @@ class VisionZip(Selector):
     54 of 64 go by attention. The other 10 stand evenly spaced among the rest; each of what is left joins the one with
     the most similar key (cosine, the mean over heads).
 
-    Merging happens in front of the projector where a model projects token by token (LLaVA), else behind it. Published
+    Merging happens in front of the projector where a model projects token by token (LLaVA), else after it. Published
     budgets count the class token, which has no place in a prompt here: a patch takes it. Contextual tokens stay where
-    they stand; the authors' code puts them behind the picture.
+    they stand; the authors' code puts them after the picture.
 
     Attributes:
         dominant_share: of the budget.

@@ -94,7 +94,7 @@ def _windows(grids: Grids, size: int) -> Tensor:
 class VScan(TwoPart):
     """A local and a global scan before the language model, and the last token's attention half-way through it.
 
-    `Scans` keep 1.5 times the budget. `PyramidDrop`'s score, the last token's attention in the layer behind the stage,
+    `Scans` keep 1.5 times the budget. `PyramidDrop`'s score, the last token's attention in the layer after the stage,
     then keeps as many as make the budget the true average of all layers: half of it, with an even number of layers.
 
     Attributes:
