@@ -20,13 +20,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from adaptinfer import METHODS, AdaptInferPlus, CDPruner, InputError, Pruner, Schedule, ScheduleError, TextGuided, solve
+from adaptinfer import AdaptInferPlus, InputError, Pruner, Schedule, ScheduleError, solve
 from adaptinfer.checkpoints import EMBEDDED
 from adaptinfer.evaluation.conditions import VANILLA, Condition
 from adaptinfer.evaluation.journal import Journal
 from adaptinfer.evaluation.plan import EvaluationPlan, units
 from adaptinfer.evaluation.runner import run
 from adaptinfer.evaluation.summary import finite, summarise
+from adaptinfer.pruners import METHODS, CDPruner, TextGuided
 from adaptinfer.pruners.before import Selector, TwoPart
 from adaptinfer.schedule import BEFORE
 

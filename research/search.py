@@ -34,7 +34,7 @@ from rich.progress import Progress
 from search_space import AXES, OURS, PLAIN, Setting, candidates, canonical, pruner_of, reference
 from search_tables import tables
 
-from adaptinfer import METHODS, AdaptInferPlus, InputError, Random, ScheduleError
+from adaptinfer import AdaptInferPlus, InputError, ScheduleError
 from adaptinfer.checkpoints import EMBEDDED
 from adaptinfer.evaluation.conditions import VANILLA, Condition
 from adaptinfer.evaluation.journal import Journal, Record
@@ -43,6 +43,7 @@ from adaptinfer.evaluation.runner import run
 from adaptinfer.evaluation.statistics import Resamples, verdict
 from adaptinfer.evaluation.summary import finite, summarise
 from adaptinfer.evaluation.world import FORMS
+from adaptinfer.pruners import METHODS, Random
 
 KEPT = 1 / 3  # of the candidates, from one rung to the next
 

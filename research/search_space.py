@@ -6,7 +6,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from adaptinfer import METHODS, AdaptInfer, Pruner, Schedule, ScheduleError, Stage, TextGuided, solve
+from adaptinfer import AdaptInfer, Pruner, Schedule, ScheduleError, Stage, solve
+from adaptinfer.pruners import METHODS, TextGuided
 from adaptinfer.pruners.before import Selector
 from adaptinfer.schedule import Budget
 

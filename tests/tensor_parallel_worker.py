@@ -22,8 +22,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers.cache_utils import StaticLayer
 from transformers.distributed import DistributedConfig
 
-from adaptinfer import METHODS, AdaptInfer, Random, Schedule, Stage, TextGuided, UnsupportedError, attach, disabled
+from adaptinfer import AdaptInfer, Schedule, Stage, UnsupportedError, attach, disabled
 from adaptinfer.engine import parallel
+from adaptinfer.pruners import METHODS, Random, TextGuided
 
 STAGES = Schedule((Stage(1, 20), Stage(3, 6)), tiny.LAYERS)
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "eos_token_id": None}

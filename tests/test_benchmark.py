@@ -17,7 +17,7 @@ from graph_stand_in import StandIn
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
-from adaptinfer import METHODS, AdaptInfer, ModelShape, Schedule, Stage, attach, preset
+from adaptinfer import AdaptInfer, Schedule, Stage, attach, preset
 from adaptinfer.bench import measure, plot, shapes, subject
 from adaptinfer.bench.environment import environment
 from adaptinfer.bench.memory import PeakMemory, free_bytes
@@ -32,6 +32,8 @@ from adaptinfer.cli.app import app
 from adaptinfer.engine.graphs.compiled import Compiled
 from adaptinfer.engine.handle import handle_of
 from adaptinfer.errors import InputError
+from adaptinfer.pruners import METHODS
+from adaptinfer.schedule import ModelShape
 
 VISION, LAYERS = 64, 12  # of the shape `tiny`
 FAST = ["--shape", "tiny", "--device", "cpu", "--rounds", "3", "--warmup", "0"]

@@ -23,13 +23,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import adaptinfer
-from adaptinfer import AdaptInfer, AdaptInferError, InputError, ModelShape, Schedule, ScheduleError, Stage, attach
+from adaptinfer import AdaptInfer, AdaptInferError, InputError, Schedule, ScheduleError, Stage, attach
 from adaptinfer.calibration import run as running
 from adaptinfer.calibration import store
 from adaptinfer.calibration.distributed import processes
 from adaptinfer.calibration.objective import KeptMass
 from adaptinfer.calibration.plots import budget_in_words
 from adaptinfer.calibration.record import Reader, Reading, fingerprint
+from adaptinfer.calibration.result import Calibration
 from adaptinfer.calibration.run import Target, analyse, record
 from adaptinfer.calibration.samples import Sample
 from adaptinfer.calibration.sources import DataSetSource, FolderSource, ListSource, open_source
@@ -40,6 +41,7 @@ from adaptinfer.cli.calibrate import _print
 from adaptinfer.errors import UnsupportedError
 from adaptinfer.functional import text_guided_score
 from adaptinfer.pruners import METHODS
+from adaptinfer.schedule import ModelShape
 
 SCORE = AdaptInfer(budget=0.5)
 
@@ -568,7 +570,7 @@ def test_calibrate_in_python(checkpoint, model, tmp_path):
     picture = [open_source("scenes")[index].images[0] for index in range(2)]
     samples = [(picture[0], "Is there a red star?"), (picture[1], "How many circles are there?")] * 5
     made = adaptinfer.calibrate(model, checkpoint.processor, samples, budget=0.25, stages=2)
-    assert isinstance(made, adaptinfer.Calibration) and made.schedule.true_average() <= 64
+    assert isinstance(made, Calibration) and made.schedule.true_average() <= 64
     assert made.provenance["samples"] == 10 and made.chosen.schedule is made.schedule
     assert [each.name for each in made.candidates] == [
         "published shape",

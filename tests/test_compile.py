@@ -9,8 +9,9 @@ import zoo
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
-from adaptinfer import AdaptInfer, Random, Schedule, Stage, attach
+from adaptinfer import AdaptInfer, Schedule, Stage, attach
 from adaptinfer.engine.families import family_of
+from adaptinfer.pruners import Random
 
 OPTIONS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 OPTIONS["suppress_tokens"] = [tiny.IMAGE, tiny.VIDEO]  # a random model may say them

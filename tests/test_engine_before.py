@@ -17,33 +17,35 @@ from oracle import Oracle
 
 import adaptinfer
 from adaptinfer import (
-    METHODS,
     AdaptInfer,
     AdaptInferPlus,
-    CDPruner,
-    Composed,
-    DivPrune,
-    FasterVLM,
-    Pool,
-    PruMerge,
     PrunerError,
-    PyramidDrop,
-    Scans,
     Schedule,
     ScheduleError,
     Stage,
-    STARPro,
-    TextGuided,
     UnsupportedError,
-    VisionZip,
-    VisPruner,
-    VScan,
     attach,
     from_pretrained,
 )
 from adaptinfer.engine.vision.images import Images, select_before
 from adaptinfer.engine.vision.recorder import Recorder
 from adaptinfer.engine.vision.tower import Encoded
+from adaptinfer.pruners import (
+    METHODS,
+    CDPruner,
+    Composed,
+    DivPrune,
+    FasterVLM,
+    Pool,
+    PruMerge,
+    PyramidDrop,
+    Scans,
+    STARPro,
+    TextGuided,
+    VisionZip,
+    VisPruner,
+    VScan,
+)
 from adaptinfer.pruners.before import Selector, TwoPart
 
 METHODS_BEFORE = {name: method for name, method in METHODS.items() if issubclass(method, (Selector, TwoPart))}

@@ -10,10 +10,11 @@ import torch
 import zoo
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaptinfer import AdaptInfer, Random, Schedule, Stage, attach
+from adaptinfer import AdaptInfer, Schedule, Stage, attach
 from adaptinfer.engine import attention as attention_module
 from adaptinfer.engine import entry
 from adaptinfer.engine.layout import PromptLayout
+from adaptinfer.pruners import Random
 
 STAGES = Schedule((Stage(1, 0.4), Stage(3, 0.3)), tiny.LAYERS)
 

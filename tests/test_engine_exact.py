@@ -13,7 +13,8 @@ from oracle import Oracle, grown
 from transformers import DynamicCache
 
 import adaptinfer
-from adaptinfer import AdaptInfer, Random, Schedule, Stage, UnsupportedError, attach
+from adaptinfer import AdaptInfer, Schedule, Stage, UnsupportedError, attach
+from adaptinfer.pruners import Random
 
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 GREEDY["suppress_tokens"] = [tiny.IMAGE, tiny.VIDEO]  # a random model may say them, and then look for their image

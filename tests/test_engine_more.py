@@ -14,7 +14,8 @@ import zoo
 from oracle import Oracle, grown
 from transformers import DynamicCache, GenerationConfig
 
-from adaptinfer import AdaptInfer, AdaptInferError, Random, Schedule, ScheduleError, Stage, UnsupportedError, attach
+from adaptinfer import AdaptInfer, AdaptInferError, Schedule, ScheduleError, Stage, UnsupportedError, attach
+from adaptinfer.pruners import Random
 from adaptinfer.pruners import views as stage_module
 
 TWO_STAGES = Schedule((Stage(1, 20), Stage(3, 6)), tiny.LAYERS)

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from adaptinfer import METHODS, AdaptInfer, PrunerError, PyramidDrop, Schedule, ScheduleError, Stage, V2Drop
+from adaptinfer import AdaptInfer, PrunerError, Schedule, ScheduleError, Stage
 from adaptinfer.embedded.world import sample_scene
 from adaptinfer.errors import AdaptInferError, InputError
 from adaptinfer.evaluation.conditions import Condition, conditions, published
@@ -33,7 +33,7 @@ from adaptinfer.evaluation.report import to_html, to_markdown
 from adaptinfer.evaluation.statistics import Resamples, verdict, yes_no
 from adaptinfer.evaluation.summary import finite, summarise
 from adaptinfer.evaluation.tasks import load_task
-from adaptinfer.pruners import Random
+from adaptinfer.pruners import METHODS, PyramidDrop, Random, V2Drop
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "research" / "tables"))
 import llava_1_5_7b

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from adaptinfer import METHODS, AdaptInfer, Random
+from adaptinfer import AdaptInfer
 from adaptinfer.cli.app import app
 from adaptinfer.errors import InputError, UnsupportedError
 from adaptinfer.evaluation.conditions import Condition, conditions
@@ -28,6 +28,7 @@ from adaptinfer.evaluation.processes import Processes
 from adaptinfer.evaluation.runner import Worker, run
 from adaptinfer.evaluation.tasks import load_task
 from adaptinfer.evaluation.world import WorldTask
+from adaptinfer.pruners import METHODS, Random
 from adaptinfer.resize import Resize
 
 ANSWERS = "answers.jsonl"

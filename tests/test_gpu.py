@@ -142,7 +142,7 @@ def test_graphs_answer_as_uncompiled(captured, family, attention, method):
         on_device(family, [tiny.simple(family, seed=4), tiny.simple(family, after=4, seed=5, images=2)]),
     ]
     model = tiny.FAMILIES[family](attention).to("cuda")
-    with attach(model, adaptinfer.METHODS[method](schedule=STAGES)) as handle:
+    with attach(model, adaptinfer.pruners.METHODS[method](schedule=STAGES)) as handle:
         expected = []
         for inputs in batches:
             expected.append((*logits_of(model, inputs), handle.report.kept))

@@ -19,11 +19,12 @@ from test_families import REFUSED
 from test_methods import INSIDE
 
 import adaptinfer
-from adaptinfer import AdaptInfer, AdaptInferError, DivPrune, InputError, Random, Schedule, Stage, attach
+from adaptinfer import AdaptInfer, AdaptInferError, InputError, Schedule, Stage, attach
 from adaptinfer.engine.families import family_of
 from adaptinfer.engine.graphs import compiled as module
 from adaptinfer.engine.graphs.compiled import Compiled
 from adaptinfer.engine.handle import handle_of
+from adaptinfer.pruners import DivPrune, Random
 
 STAGES = Schedule((Stage(1, 0.4), Stage(3, 0.3)), tiny.LAYERS)
 OPTIONS = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "eos_token_id": None}

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from oracle import Oracle
 from test_engine_cost import layout_of
 
-from adaptinfer import METHODS, Schedule, ScheduleError, SparseVLM, Stage, attach, from_pretrained
+from adaptinfer import Schedule, ScheduleError, Stage, attach, from_pretrained
 from adaptinfer.engine import entry
+from adaptinfer.pruners import METHODS, SparseVLM
 from adaptinfer.pruners.before import Selector, TwoPart
 
 STAGES = Schedule((Stage(1, 20), Stage(3, 6)), tiny.LAYERS)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptinfer import FasterVLM, HiRED, Pool, PruMerge, PruMergePlus, Scans, VisionZip, VisPruner
+from adaptinfer.pruners import FasterVLM, HiRED, Pool, PruMerge, PruMergePlus, Scans, VisionZip, VisPruner
 from adaptinfer.pruners.cdpruner import likely_set, relevance
 from adaptinfer.pruners.divprune import farthest_first
 from adaptinfer.pruners.hired import apportioned

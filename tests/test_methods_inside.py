@@ -21,25 +21,21 @@ from test_families import schedule_of, zoo_models  # noqa: F401
 from test_methods import INSIDE, MASKED, positioned, prompts, run
 from transformers import StaticCache
 
-from adaptinfer import (
+from adaptinfer import PrunerError, Schedule, Stage, UnsupportedError, attach
+from adaptinfer.engine.rotary import Rotation
+from adaptinfer.functional import evenly_spaced
+from adaptinfer.pruners import (
     DART,
     FEATHER,
     METHODS,
     FastV,
     FitPrune,
-    PrunerError,
     PyramidDrop,
-    Schedule,
     SparseVLM,
     SparseVLMPlus,
-    Stage,
     Stride,
-    UnsupportedError,
     V2Drop,
-    attach,
 )
-from adaptinfer.engine.rotary import Rotation
-from adaptinfer.functional import evenly_spaced
 from adaptinfer.pruners.sparsevlm import choose_raters, density_clusters
 from adaptinfer.pruners.views import PromptView
 

@@ -18,8 +18,9 @@ import zoo
 from filelock import FileLock
 
 import adaptinfer
-from adaptinfer import AdaptInfer, AdaptInferError, Random, Schedule, Stage, UnsupportedError, attach
+from adaptinfer import AdaptInfer, AdaptInferError, Schedule, Stage, UnsupportedError, attach
 from adaptinfer.engine.parallel import Ranks
+from adaptinfer.pruners import Random
 
 HERE = Path(__file__).parent
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "eos_token_id": None}

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from adaptinfer import AdaptInfer, PrunerError, Random, Schedule, ScheduleError, Stage, from_pretrained
+from adaptinfer import AdaptInfer, PrunerError, Schedule, ScheduleError, Stage, from_pretrained
+from adaptinfer.pruners import Random
 
 PRUNERS = [
     AdaptInfer(budget=64),

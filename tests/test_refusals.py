@@ -19,7 +19,8 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 import adaptinfer
-from adaptinfer import AdaptInfer, PrunerError, Random, Schedule, ScheduleError, Stage, UnsupportedError, attach
+from adaptinfer import AdaptInfer, PrunerError, Schedule, ScheduleError, Stage, UnsupportedError, attach
+from adaptinfer.pruners import Random
 
 STAGES = Schedule((Stage(1, 20), Stage(3, 6)), tiny.LAYERS)
 

@@ -14,8 +14,9 @@ import stand_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptinfer import AdaptInfer, AdaptInferPlus, Composed, ScheduleError, TextGuided, from_pretrained
+from adaptinfer import AdaptInfer, AdaptInferPlus, ScheduleError, from_pretrained
 from adaptinfer.evaluation.world import WorldTask
+from adaptinfer.pruners import Composed, TextGuided
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "research"))
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptinfer import AdaptInfer, Random, Schedule, ScheduleError, Stage, UnsupportedError
-from adaptinfer.pruners import PrunerError
+from adaptinfer import AdaptInfer, Schedule, ScheduleError, Stage, UnsupportedError
+from adaptinfer.pruners import PrunerError, Random
 from adaptinfer.pruners.views import StageView
 from adaptinfer.serving.settings import pruner_from, to_json
 from adaptinfer.serving.vllm_plugin.counts import Counts

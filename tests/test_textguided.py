@@ -16,18 +16,8 @@ from test_methods import prompts, run
 from test_methods_inside import STAGES, keeps_what_the_formula_says
 from transformers import StaticCache
 
-from adaptinfer import (
-    AdaptInfer,
-    DivPrune,
-    FastV,
-    PrunerError,
-    Schedule,
-    Stage,
-    TextGuided,
-    UnsupportedError,
-    attach,
-    from_pretrained,
-)
+from adaptinfer import AdaptInfer, PrunerError, Schedule, Stage, UnsupportedError, attach, from_pretrained
+from adaptinfer.pruners import DivPrune, FastV, TextGuided
 from adaptinfer.pruners.textguided import farthest_added, holding, in_turn
 from adaptinfer.serving.vllm_plugin.plan import Planner
 from adaptinfer.serving.vllm_plugin.refusals import check_method

@@ -6,7 +6,8 @@ import pytest
 import tiny
 import torch
 
-from adaptinfer import ToMe, UnsupportedError, attach
+from adaptinfer import UnsupportedError, attach
+from adaptinfer.pruners import ToMe
 from adaptinfer.pruners.tome import match, merge_step
 
 

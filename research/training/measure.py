@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers.utils.logging import disable_progress_bar
 
-from adaptinfer import AdaptInfer, DivPrune
+from adaptinfer import AdaptInfer
 from adaptinfer.bench.environment import environment
 from adaptinfer.checkpoints import EMBEDDED
 from adaptinfer.evaluation.conditions import Condition, conditions
@@ -24,6 +24,7 @@ from adaptinfer.evaluation.journal import Journal
 from adaptinfer.evaluation.plan import EvaluationPlan, units, weights_digest
 from adaptinfer.evaluation.runner import run
 from adaptinfer.evaluation.summary import finite, summarise
+from adaptinfer.pruners import DivPrune
 
 RESULTS = Path(__file__).parent.parent / "results" / "embedded"
 FEW = 0.11

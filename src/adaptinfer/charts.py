@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaptinfer.errors import InputError
+from adaptinfer.extras import needs
 from adaptinfer.files import write_whole
 
 if TYPE_CHECKING:  # matplotlib belongs to an extra
@@ -20,7 +21,8 @@ BLUE, RED, GREEN = "#0b6e99", "#c8553d", "#5b8c5a"
 
 def new_figure(width: float, height: float, title: str) -> Figure:
     """An empty figure; sizes in inches."""
-    from matplotlib.figure import Figure
+    with needs("cli", "a plot"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     figure.suptitle(title, color=INK, fontsize=12)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptinfer.errors import InputError
+from adaptinfer.extras import needs
 from adaptinfer.files import check_output, write_output
 
 if TYPE_CHECKING:
@@ -184,8 +185,11 @@ def check_path(path: Path) -> None:
 
     Raises:
         OverlayError: an ending that is not one of `SUFFIXES`, no such folder, or no permission.
+        MissingExtraError: matplotlib is not installed.
     """
     check_output("overlay", path, SUFFIXES, OverlayError)
+    with needs("cli", "an overlay"):
+        import matplotlib  # noqa: F401
 
 
 def draw_overlay(

@@ -6,8 +6,8 @@ import pytest
 import vision
 from conftest import engine, inputs, parameters, picture, request, served, words
 
-from adaptinfer import AdaptInfer, FastV, Random, Schedule, Stage
-from adaptinfer.pruners import METHODS
+from adaptinfer import AdaptInfer, Schedule, Stage
+from adaptinfer.pruners import METHODS, FastV, Random
 
 THREE = Schedule((Stage(1, 30), Stage(2, 12), Stage(4, 3)), 6, vision_tokens=49)
 SERVED = ("adaptinfer", "random", "stride", "fastv", "fitprune", "textguided")  # all others are refused

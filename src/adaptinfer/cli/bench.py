@@ -12,6 +12,7 @@ from adaptinfer.cli import terminal
 from adaptinfer.cli.bench_tables import print_results
 from adaptinfer.cli.options import Device, DType, Methods, Presets, recorded_command
 from adaptinfer.errors import InputError
+from adaptinfer.extras import needs
 from adaptinfer.files import check_output, write_output
 from adaptinfer.schedule import Schedule
 
@@ -126,6 +127,8 @@ def bench(
         check_output("--json", as_json)
     if plot is not None:
         check_output("--plot", plot, PLOT_SUFFIXES)
+        with needs("cli", "--plot"):
+            import matplotlib  # noqa: F401
     if as_json is not None and plot is not None and as_json.resolve() == plot.resolve():
         raise InputError(f"--json and --plot: both name {str(plot)!r}; give two files")
     batch_sizes, counts = sorted({*(batches or [1])}), sorted({*([1, 32] if new_tokens is None else new_tokens)} - {0})
