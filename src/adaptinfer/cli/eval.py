@@ -12,7 +12,6 @@ from rich.console import Console
 from adaptinfer.cli import terminal
 from adaptinfer.cli.options import Device, DType, Model, Pruners, TrustRemoteCode, recorded_command
 from adaptinfer.errors import InputError
-from adaptinfer.extras import needs
 from adaptinfer.files import write_output
 
 if TYPE_CHECKING:
@@ -122,10 +121,6 @@ def evaluate(
 
     A stopped run goes on with the same command. Several processes: 'accelerate launch -m adaptinfer eval ...'.
     """
-    with needs("eval", "adaptinfer eval"):  # before any work; the report is written after it
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-        import scipy  # noqa: F401
     from adaptinfer.evaluation.conditions import conditions, first_refusals
     from adaptinfer.evaluation.plan import EvaluationPlan
     from adaptinfer.evaluation.processes import Processes

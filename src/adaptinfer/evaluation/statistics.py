@@ -6,11 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from adaptinfer.extras import needs
-
-with needs("eval", "evaluation"):
-    from scipy.stats import binomtest
+from scipy.stats import binomtest
 
 from adaptinfer.evaluation.metrics import yes_or_no
 
