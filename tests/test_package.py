@@ -122,7 +122,7 @@ def test_pruning_in_python_needs_the_base_install_alone():
         prompt = checkpoint.prompt([Picture("white", Image.new("RGB", (256, 256), "white"))], "Is there a red star?")
         answer = ask(checkpoint, prompt, adaptinfer.AdaptInfer(budget=0.33), max_new_tokens=2)
         assert answer.report.true_average[0] < 86
-        import adaptinfer.pruners, adaptinfer.resize, adaptinfer.calibration, adaptinfer.bench
+        import adaptinfer.pruners, adaptinfer.resize, adaptinfer.bench
         """,
     )
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,6 @@ import numpy as np
 
 from adaptinfer.calibration.record import Reading
 from adaptinfer.errors import InputError
-from adaptinfer.extras import needs
 
 LEAST_LAYERS = 4
 """A change point leaves two layers on either side."""
@@ -69,8 +68,7 @@ def published_layers(mass: np.ndarray) -> list[int]:
     Raises:
         InputError: fewer than four layers.
     """
-    with needs("calibrate", "calibration"):
-        import ruptures
+    import ruptures
 
     if mass.shape[0] < LEAST_LAYERS:
         raise InputError(f"a change point needs at least {LEAST_LAYERS} layers, the model has {mass.shape[0]}")

@@ -10,7 +10,6 @@ import typer
 from adaptinfer.cli import terminal
 from adaptinfer.cli.options import DEFAULT_BUDGET, Budget, Device, DType, Model, TrustRemoteCode
 from adaptinfer.errors import AdaptInferError, InputError
-from adaptinfer.extras import needs
 
 if TYPE_CHECKING:
     from adaptinfer.calibration.result import Calibration, Candidate
@@ -51,9 +50,6 @@ def calibrate(
     """
     if budget is not None and flops is not None:
         raise InputError("--budget and --flops: give only one of them")
-    with needs("calibrate", "adaptinfer calibrate"):
-        import matplotlib  # noqa: F401
-        import ruptures  # noqa: F401
     with terminal.spinner() as progress:
         terminal.quieten()
         from adaptinfer.calibration.distributed import Job, processes, record_alone, record_with_ray
