@@ -6,10 +6,10 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from adaptinfer import METHODS, AdaptInfer, DivPrune, PrunerError, from_pretrained
+from adaptinfer import AdaptInfer, PrunerError, from_pretrained
 from adaptinfer.bench.variants import check_names, variants
 from adaptinfer.cli.app import app
-from adaptinfer.pruners import registry
+from adaptinfer.pruners import METHODS, DivPrune, registry
 from adaptinfer.serving.settings import pruner_from
 
 METHOD = '''
