@@ -14,8 +14,9 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from adaptinfer import embedded
+from adaptinfer.embedded.world.chance import Chance
 from adaptinfer.embedded.world.render import render
-from adaptinfer.embedded.world.scene import Chance, sample_scene
+from adaptinfer.embedded.world.scene import sample_scene
 from adaptinfer.embedded.world.wordings import PLURALS
 from adaptinfer.evaluation.world import WorldTask
 

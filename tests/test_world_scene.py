@@ -16,18 +16,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from adaptinfer.embedded.world import backdrop, masks, render
+from adaptinfer.embedded.world.chance import Chance
 from adaptinfer.embedded.world.render import RGB, SHADES
-from adaptinfer.embedded.world.scene import (
+from adaptinfer.embedded.world.scene import GAP, MAX_ALIKE, MAX_OVERLAP, sample_scene
+from adaptinfer.embedded.world.things import (
     BACKGROUNDS,
     COLOURS,
     DIGITS,
     FONTS,
-    GAP,
     HELD_OUT,
     LETTERED,
     LETTERS,
-    MAX_ALIKE,
-    MAX_OVERLAP,
     NUMBERS,
     OUTLINES,
     PATTERNS,
@@ -38,10 +37,8 @@ from adaptinfer.embedded.world.scene import (
     WORDS,
     Background,
     Blot,
-    Chance,
     Scene,
     Thing,
-    sample_scene,
     split_of,
 )
 

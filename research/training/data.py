@@ -18,9 +18,11 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from adaptinfer.embedded.world.chance import Chance
 from adaptinfer.embedded.world.questions import KINDS, Question, conversation, pair_questions, questions_for
 from adaptinfer.embedded.world.render import render
-from adaptinfer.embedded.world.scene import (
+from adaptinfer.embedded.world.scene import sample_scene
+from adaptinfer.embedded.world.things import (
     COLOURS,
     DIGITS,
     LETTERS,
@@ -31,9 +33,7 @@ from adaptinfer.embedded.world.scene import (
     SIZES,
     SPLITS,
     WORDS,
-    Chance,
     Scene,
-    sample_scene,
 )
 
 TEXTS = ("", *WORDS, *NUMBERS, *LETTERS, *DIGITS)

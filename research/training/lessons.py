@@ -9,10 +9,10 @@ with it.
 from __future__ import annotations
 
 from adaptinfer.embedded.world.chance import Chance
-from adaptinfer.embedded.world.describe import View
+from adaptinfer.embedded.world.describe import SceneView
 from adaptinfer.embedded.world.forms import MAX_COUNT
 from adaptinfer.embedded.world.questions import Question
-from adaptinfer.embedded.world.scene import COLOURS, PATTERNS, SHAPES, SIGN, Scene
+from adaptinfer.embedded.world.things import COLOURS, PATTERNS, SHAPES, SIGN, Scene
 from adaptinfer.embedded.world.wordings import a, phrase, put
 
 _MOST = 12
@@ -21,7 +21,7 @@ _MOST = 12
 
 def describe_all(scene: Scene, chance: Chance) -> Question:
     """All things of a scene in random order, each with all of its attributes in one random order, and its places."""
-    view = View(scene)
+    view = SceneView(scene)
     order = chance.shuffle(("shape", "colour", "pattern", "size", "text", "third", "cell"))
     words = []
     for number in chance.shuffle(range(len(scene.things))):
@@ -33,7 +33,7 @@ def describe_all(scene: Scene, chance: Chance) -> Question:
 
 def roll_call(scene: Scene, chance: Chance, count: int) -> list[Question]:
     """Whether there is a thing of some shape or colour, as often with yes as with no."""
-    view = View(scene)
+    view = SceneView(scene)
     options = []
     for name, domain in (("shape", (*SHAPES, SIGN)), ("colour", COLOURS)):
         there = set(view.values(name))
@@ -51,7 +51,7 @@ def roll_call(scene: Scene, chance: Chance, count: int) -> list[Question]:
 
 def tally(scene: Scene, chance: Chance) -> Question:
     """How many there are of several shapes, colours, patterns, or shapes in a colour: ``red 3 , green 0 , blue 1``."""
-    view = View(scene)
+    view = SceneView(scene)
     names = chance.choice((("shape",), ("colour",), ("pattern",), ("colour", "shape")))
     groups = view.groups(*names)
     if len(names) == 2:
@@ -71,7 +71,7 @@ def muster(scene: Scene, chance: Chance) -> list[Question]:
 
     As in captions, "shapes" are no signs.
     """
-    view = View(scene)
+    view = SceneView(scene)
     asked = []
     for name in ("shape", "colour", "pattern", "size"):
         numbers = view.shapes if name in ("pattern", "size") else None
@@ -87,7 +87,7 @@ def muster(scene: Scene, chance: Chance) -> list[Question]:
 
 def hops(scene: Scene, chance: Chance) -> Question:
     """What stands directly beside things, and which is the one other thing with the same shape, colour or pattern."""
-    view = View(scene)
+    view = SceneView(scene)
     steps = []
     for number in view.describable():
         for side in ("left", "right", "above", "below"):

@@ -20,7 +20,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from adaptinfer import embedded
 from adaptinfer.embedded.world.questions import KINDS, Question, questions_for
 from adaptinfer.embedded.world.render import render
-from adaptinfer.embedded.world.scene import SPLITS, Scene, sample_scene
+from adaptinfer.embedded.world.scene import sample_scene
+from adaptinfer.embedded.world.things import SPLITS, Scene
 from adaptinfer.evaluation.metrics import METRICS
 
 _PATCH = 28  # pixels of a patch, as a user's picture; the processor shrinks it

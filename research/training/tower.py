@@ -13,7 +13,7 @@ from run import Clock, device, load, log, optimizers_for, save, schedule, set_ra
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from adaptinfer.embedded.world.scene import COLOURS
+from adaptinfer.embedded.world.things import COLOURS
 
 _BACKGROUND = 0.15  # weight of a patch without a thing, of which there are nine in ten
 _UNWRITTEN = 0.15  # weight of a thing without a text, of which there are four in five

@@ -8,6 +8,7 @@
 ========================= ==========================================================================================
 """
 
-from adaptinfer.embedded.world.scene import SPLITS, VERSION, Scene, Thing, sample_scene, split_of
+from adaptinfer.embedded.world.scene import sample_scene
+from adaptinfer.embedded.world.things import SPLITS, VERSION, Scene, Thing, split_of
 
 __all__ = ["SPLITS", "VERSION", "Scene", "Thing", "sample_scene", "split_of"]

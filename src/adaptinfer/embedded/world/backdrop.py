@@ -146,10 +146,5 @@ def _gradient(background: Background, line: Array) -> tuple[Array, Array]:
 
 
 _TEXTURES = {
-    "clouds": _clouds,
-    "bricks": _bricks,
-    "wood": _wood,
-    "speckle": _speckle,
-    "weave": _weave,
-    "gradient": _gradient,
-}
+    "clouds": _clouds, "bricks": _bricks, "wood": _wood, "speckle": _speckle, "weave": _weave, "gradient": _gradient,
+}  # fmt: skip

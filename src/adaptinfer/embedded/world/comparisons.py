@@ -3,13 +3,13 @@
 from collections import Counter
 
 from adaptinfer.embedded.world.chance import Chance
-from adaptinfer.embedded.world.describe import View
+from adaptinfer.embedded.world.describe import SceneView
 from adaptinfer.embedded.world.forms import APART, Asked
 from adaptinfer.embedded.world.things import COLOURS, SHAPES, SIGN
 from adaptinfer.embedded.world.wordings import COMPARATIVES, RELATIONS, THINGS, phrase, put, symbol_of
 
 
-def relation(view: View, chance: Chance) -> Asked | None:
+def relation(view: SceneView, chance: Chance) -> Asked | None:
     """Whether one thing is left of, right of, above or below another."""
     numbers = view.describable()
     across = chance.happens(0.5)
@@ -31,7 +31,7 @@ def relation(view: View, chance: Chance) -> Asked | None:
     return Asked(text, "yes" if yes else "no", (low, high), ("relation", name, str(first), str(second)))
 
 
-def compare_counts(view: View, chance: Chance) -> Asked | None:
+def compare_counts(view: SceneView, chance: Chance) -> Asked | None:
     """Whether there are more of one shape or colour than of another; one of the two can be missing."""
     attribute, names = chance.choice((("shape", SHAPES), ("colour", COLOURS)))
     groups = {name: view.groups(attribute).get((name,), []) for name in names}
@@ -48,7 +48,7 @@ def compare_counts(view: View, chance: Chance) -> Asked | None:
     return Asked(text, "yes" if yes else "no", groups[more] + groups[less], ("more", *names))
 
 
-def compare_things(view: View, chance: Chance) -> Asked | None:
+def compare_things(view: SceneView, chance: Chance) -> Asked | None:
     """Which of two things of different shape is bigger, smaller, higher or lower."""
     by_size = chance.happens(0.5)
     names = {
@@ -74,7 +74,7 @@ def compare_things(view: View, chance: Chance) -> Asked | None:
     return Asked(text, answer, (low, high), ("which", comparative, str(low), str(high)))
 
 
-def odd(view: View, chance: Chance) -> Asked | None:
+def odd(view: SceneView, chance: Chance) -> Asked | None:
     """The one value of an attribute that differs among three or more things which share another."""
     options = []
     for shared, name in (("shape", "colour"), ("colour", "shape"), ("pattern", "colour"), ("pattern", "shape")):
@@ -92,7 +92,7 @@ def odd(view: View, chance: Chance) -> Asked | None:
     return Asked(text, answer, group, ("odd", name, value))
 
 
-def two_hop_same(view: View, chance: Chance) -> Asked | None:
+def two_hop_same(view: SceneView, chance: Chance) -> Asked | None:
     """An attribute of the one other thing that shares something with a thing described by something else."""
     options = []
     for link in ("shape", "colour", "pattern", "text"):
@@ -113,7 +113,7 @@ def two_hop_same(view: View, chance: Chance) -> Asked | None:
     return Asked(text, view.value(other, name), (one, other), ("same", name, link, str(one)))
 
 
-def two_hop_near(view: View, chance: Chance) -> Asked | None:
+def two_hop_near(view: SceneView, chance: Chance) -> Asked | None:
     """An attribute of the thing directly beside, above or below a thing."""
     options = []
     for one in view.describable():
@@ -130,12 +130,12 @@ def two_hop_near(view: View, chance: Chance) -> Asked | None:
     return Asked(text, view.value(other, name), (one, other), ("near", name, side, str(one)))
 
 
-def _hops(view: View, number: int) -> tuple[str, ...]:
+def _hops(view: SceneView, number: int) -> tuple[str, ...]:
     """The attributes that are asked of a thing that has to be found first."""
     return ("colour",) if number in view.signs else ("colour", "shape")
 
 
-def _starts(view: View, number: int, asked: str, link: str = "") -> list[tuple[str, ...]]:
+def _starts(view: SceneView, number: int, asked: str, link: str = "") -> list[tuple[str, ...]]:
     """Descriptions of the thing to start from that do not name the link.
 
     Nor, with something else, what is asked for: that ``red`` does not suffice for ``the red star`` says that there is

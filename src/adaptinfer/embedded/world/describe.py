@@ -13,9 +13,7 @@ from adaptinfer.embedded.world.chance import Chance
 from adaptinfer.embedded.world.things import HELD_OUT, SIGN, SIZES, Scene, split_of
 from adaptinfer.embedded.world.wordings import ATTRIBUTES, COLUMNS, THIRDS, phrase
 
-DESCRIPTIONS: tuple[tuple[str, ...], ...] = tuple(
-    names for length in (1, 2) for names in combinations(ATTRIBUTES, length)
-)
+DESCRIPTIONS: tuple[tuple[str, ...], ...] = (*combinations(ATTRIBUTES, 1), *combinations(ATTRIBUTES, 2))
 """All sets of one or two attributes."""
 
 _PLACES = tuple((ATTRIBUTES.index(names[0]), ATTRIBUTES.index(names[-1])) for names in DESCRIPTIONS)
@@ -27,7 +25,7 @@ _NEXT, _NEAR, _NEAR_ACROSS = 1.0, 3.0, 1.0  # the thing directly beside another:
 _ALONE, _ALONE_ACROSS, _GAP = 4.0, 1.6, 0.5  # where no other may be: along, across, and by which its edge stays off
 
 
-class View:
+class SceneView:
     """A scene as questions see it.
 
     Attributes:

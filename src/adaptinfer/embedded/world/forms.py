@@ -8,16 +8,9 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from adaptinfer.embedded.world.chance import Chance
-from adaptinfer.embedded.world.describe import View
+from adaptinfer.embedded.world.describe import SceneView
 from adaptinfer.embedded.world.things import COLOURS, NUMBERS, PATTERNS, SHAPES, SIGN, WORDS
-from adaptinfer.embedded.world.wordings import (
-    ATTRIBUTES,
-    FARTHEST,
-    a,
-    phrase,
-    put,
-    symbol_of,
-)
+from adaptinfer.embedded.world.wordings import ATTRIBUTES, FARTHEST, a, phrase, put, symbol_of
 
 MAX_COUNT = 6
 """The largest number that is ever the answer of a count."""
@@ -68,11 +61,11 @@ class Asked(NamedTuple):
     told: frozenset[str] = frozenset()
 
 
-Form = Callable[[View, Chance], Asked | None]
+Form = Callable[[SceneView, Chance], Asked | None]
 
 
 def _exists_together(
-    view: View,
+    view: SceneView,
     chance: Chance,
     pivot: str,
     other: str,
@@ -126,30 +119,30 @@ def _subject(form: str, look: dict[str, str]) -> tuple[str, ...]:
     return form, *(f"{name} {look[name]}" for name in sorted(look))
 
 
-def exists_colour(view: View, chance: Chance) -> Asked | None:
+def exists_colour(view: SceneView, chance: Chance) -> Asked | None:
     return _exists_together(view, chance, "shape", "colour", range(len(view.looks)), COLOURS, taboo=view.taboo)
 
 
-def exists_pattern(view: View, chance: Chance) -> Asked | None:
+def exists_pattern(view: SceneView, chance: Chance) -> Asked | None:
     return _exists_together(view, chance, "pattern", "shape", view.shapes, SHAPES)
 
 
-def exists_size(view: View, chance: Chance) -> Asked | None:
+def exists_size(view: SceneView, chance: Chance) -> Asked | None:
     return _exists_together(view, chance, "size", "shape", view.shapes, SHAPES)
 
 
-def exists_coloured_pattern(view: View, chance: Chance) -> Asked | None:
+def exists_coloured_pattern(view: SceneView, chance: Chance) -> Asked | None:
     patterned = [number for number in view.shapes if view.value(number, "pattern") != "plain"]
     return _exists_together(view, chance, "pattern", "colour", patterned, COLOURS)
 
 
-def exists_symbol(view: View, chance: Chance) -> Asked | None:
+def exists_symbol(view: SceneView, chance: Chance) -> Asked | None:
     """``is there a red thing with the letter A``; most "no" have the letter on things of other colours."""
     lettered = [number for number in view.shapes if view.value(number, "text")]
     return _exists_together(view, chance, "text", "colour", lettered, COLOURS)
 
 
-def exists_sign(view: View, chance: Chance) -> Asked | None:
+def exists_sign(view: SceneView, chance: Chance) -> Asked | None:
     """``is there a sign that says cat``; most "no" name a colour that no sign with that text has, or another text."""
     if not view.signs:
         return None
@@ -170,7 +163,7 @@ def exists_sign(view: View, chance: Chance) -> Asked | None:
     return _exists(look, found, chance)
 
 
-def attribute(view: View, chance: Chance) -> Asked | None:
+def attribute(view: SceneView, chance: Chance) -> Asked | None:
     """One attribute of the one thing that one or two others describe, its values about equally often."""
     for name in chance.shuffle(ATTRIBUTES):
         numbers = range(len(view.looks)) if name == "colour" else view.shapes
@@ -191,7 +184,9 @@ def attribute(view: View, chance: Chance) -> Asked | None:
     return None
 
 
-def _count(view: View, chance: Chance, names: Sequence[tuple[str, ...]], attributes: tuple[str, ...]) -> Asked | None:
+def _count(
+    view: SceneView, chance: Chance, names: Sequence[tuple[str, ...]], attributes: tuple[str, ...]
+) -> Asked | None:
     """How many things have the values of some name, which is chosen by its count."""
     groups = view.groups(*attributes)
     by_count: dict[int, list[tuple[str, ...]]] = {}
@@ -204,28 +199,28 @@ def _count(view: View, chance: Chance, names: Sequence[tuple[str, ...]], attribu
     return Asked(put("count", chance, group=group), str(count), groups.get(name, ()), ("count", *name))
 
 
-def count_shape(view: View, chance: Chance) -> Asked | None:
+def count_shape(view: SceneView, chance: Chance) -> Asked | None:
     return _count(view, chance, [(shape,) for shape in SHAPES], ("shape",))
 
 
-def count_colour(view: View, chance: Chance) -> Asked | None:
+def count_colour(view: SceneView, chance: Chance) -> Asked | None:
     return _count(view, chance, [(colour,) for colour in COLOURS], ("colour",))
 
 
-def count_pattern(view: View, chance: Chance) -> Asked | None:
+def count_pattern(view: SceneView, chance: Chance) -> Asked | None:
     if not any(pattern != "plain" for pattern in view.values("pattern")):
         return None
     return _count(view, chance, [(pattern,) for pattern in PATTERNS[1:]], ("pattern",))
 
 
-def count_coloured_shape(view: View, chance: Chance) -> Asked | None:
+def count_coloured_shape(view: SceneView, chance: Chance) -> Asked | None:
     """A zero has both the shape and the colour in the scene."""
     shapes, colours = sorted(set(view.values("shape", view.shapes))), sorted(set(view.values("colour")))
     names = [(shape, colour) for shape in shapes for colour in colours if (shape, colour) not in view.taboo]
     return _count(view, chance, names, ("shape", "colour"))
 
 
-def count_things(view: View, chance: Chance) -> Asked | None:
+def count_things(view: SceneView, chance: Chance) -> Asked | None:
     count = len(view.looks)
     if count > MAX_COUNT:
         return None
@@ -233,15 +228,15 @@ def count_things(view: View, chance: Chance) -> Asked | None:
     return Asked(text, str(count), range(count), ("count",))
 
 
-def where(view: View, chance: Chance) -> Asked | None:
+def where(view: SceneView, chance: Chance) -> Asked | None:
     return _place("where", view.third, view, chance)
 
 
-def cell(view: View, chance: Chance) -> Asked | None:
+def cell(view: SceneView, chance: Chance) -> Asked | None:
     return _place("cell", view.cell, view, chance)
 
 
-def _place(form: str, place_of: Callable[[int], str | None], view: View, chance: Chance) -> Asked | None:
+def _place(form: str, place_of: Callable[[int], str | None], view: SceneView, chance: Chance) -> Asked | None:
     places = [(number, place) for number in view.describable() if (place := place_of(number))]
     if not places:
         return None
@@ -250,7 +245,7 @@ def _place(form: str, place_of: Callable[[int], str | None], view: View, chance:
     return Asked(put(form, chance, the=the), place, [number], (form, str(number)), number, told | {"where"})
 
 
-def read(view: View, chance: Chance) -> Asked | None:
+def read(view: SceneView, chance: Chance) -> Asked | None:
     """What a sign says; it is meant by being the only one, by its colour, or by lying farthest to one side."""
     options: list[tuple[int, str, frozenset[str]]] = []
     for number in view.signs:
@@ -270,7 +265,7 @@ def read(view: View, chance: Chance) -> Asked | None:
     return Asked(text, view.value(number, "text"), [number], ("read", str(number)), number, told | {"text"})
 
 
-def caption(view: View, chance: Chance) -> Asked | None:
+def caption(view: SceneView, chance: Chance) -> Asked | None:
     """The large things that are no signs, in reading order: ``red star , blue ring``."""
     large = [number for number in view.shapes if view.value(number, "size") == "large"]
     if not 1 <= len(large) <= MAX_LISTED:
@@ -279,7 +274,7 @@ def caption(view: View, chance: Chance) -> Asked | None:
     return Asked(put("caption", chance), answer, large, ("caption",))
 
 
-def about_it(view: View, before: Asked, chance: Chance) -> Asked | None:
+def about_it(view: SceneView, before: Asked, chance: Chance) -> Asked | None:
     """What the turn before did not tell about the one thing it was about, if it was about one."""
     number, told = before.about, before.told
     if number is None:

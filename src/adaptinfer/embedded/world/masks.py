@@ -124,7 +124,7 @@ def core_mask(shape: str, detail: int) -> Array:
 @cache
 def pattern_mask(pattern: str, size: str, detail: int) -> Array:
     """Where a thing has its second colour."""
-    periods = _PERIODS[pattern][size]
+    periods = _PERIODS[size][pattern]
     across, along = ((axis + 1) / 2 * periods for axis in _points())
     if pattern == "striped":
         return _mask(_phase(across + along) < 0.5, detail)
@@ -199,9 +199,5 @@ _POLYGONS: dict[str, tuple[tuple[float, float], ...]] = {
 """The corners of shapes with straight edges."""
 
 
-_PERIODS = {
-    "striped": {"medium": 3, "large": 4},
-    "dotted": {"medium": 3, "large": 4},
-    "checked": {"medium": 2, "large": 3},
-}
+_PERIODS = {"medium": {"striped": 3, "dotted": 3, "checked": 2}, "large": {"striped": 4, "dotted": 4, "checked": 3}}
 """How often each pattern repeats across a thing of each size."""

@@ -6,13 +6,13 @@ an answer away.
 """
 
 from adaptinfer.embedded.world.chance import Chance
-from adaptinfer.embedded.world.describe import View
+from adaptinfer.embedded.world.describe import SceneView
 from adaptinfer.embedded.world.forms import MAX_COUNT, Asked
 from adaptinfer.embedded.world.things import COLOURS, SHAPES, SIGN
 from adaptinfer.embedded.world.wordings import PICTURES, a, phrase, put
 
 
-def both(first: View, second: View, chance: Chance) -> Asked | None:
+def both(first: SceneView, second: SceneView, chance: Chance) -> Asked | None:
     """``do both pictures have a red star``; a "no" has it in one of them."""
     for attributes in chance.shuffle((("shape",), ("shape", "colour"))):
         one, two = (view.groups(*attributes, numbers=view.shapes) for view in (first, second))
@@ -29,7 +29,7 @@ def both(first: View, second: View, chance: Chance) -> Asked | None:
     return None
 
 
-def which_picture(first: View, second: View, chance: Chance) -> Asked | None:
+def which_picture(first: SceneView, second: SceneView, chance: Chance) -> Asked | None:
     """``which picture has more stars``: first, second or, where both have some and as many, same."""
     for attribute, names in chance.shuffle((("shape", SHAPES), ("colour", COLOURS))):
         one, two = (view.groups(attribute) for view in (first, second))
@@ -47,7 +47,7 @@ def which_picture(first: View, second: View, chance: Chance) -> Asked | None:
     return None
 
 
-def alike(first: View, second: View, chance: Chance) -> Asked | None:
+def alike(first: SceneView, second: SceneView, chance: Chance) -> Asked | None:
     """``does the star have the same colour in both pictures``, of what each picture has one of."""
     options: dict[bool, list[tuple[str, str, str, list[int]]]] = {True: [], False: []}
     for named, asked in (("shape", "colour"), ("colour", "shape")):
@@ -66,7 +66,7 @@ def alike(first: View, second: View, chance: Chance) -> Asked | None:
     return Asked(text, "yes" if yes else "no", evidence, ("alike", name))
 
 
-def _evidence(first: View, ones: list[int], twos: list[int]) -> list[int]:
+def _evidence(first: SceneView, ones: list[int], twos: list[int]) -> list[int]:
     return ones + [len(first.looks) + number for number in twos]
 
 

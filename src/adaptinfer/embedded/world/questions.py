@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from adaptinfer.embedded.world import comparisons, forms, pairs
 from adaptinfer.embedded.world.chance import Chance
-from adaptinfer.embedded.world.describe import View
+from adaptinfer.embedded.world.describe import SceneView
 from adaptinfer.embedded.world.forms import Asked, about_it, first_of
 from adaptinfer.embedded.world.things import VERSION, Scene
 from adaptinfer.embedded.world.wordings import VOCABULARY
@@ -105,9 +105,8 @@ def questions_for(scene: Scene, seed: int, count: int, kinds: Sequence[str] | No
     """
     if kinds is not None and (unknown := sorted(set(kinds) - set(FORMS))):
         raise ValueError(f"kinds must be among {', '.join(FORMS)}; got {', '.join(unknown)}")
-    return _interview(
-        scene, Chance("questions", VERSION, *_key(scene), seed), count, list(FORMS if kinds is None else kinds), 0.0
-    )
+    chance = Chance("questions", VERSION, *_key(scene), seed)
+    return _interview(scene, chance, count, list(FORMS if kinds is None else kinds), 0.0)
 
 
 def conversation(scene: Scene, seed: int, turns: int) -> list[Question]:
@@ -132,7 +131,7 @@ def pair_questions(first: Scene, second: Scene, seed: int, count: int) -> list[Q
     """
     _check(count)
     chance = Chance("pair", VERSION, *_key(first), *_key(second), seed)
-    views = View(first), View(second)
+    views = SceneView(first), SceneView(second)
     questions: list[Question] = []
     for _ in range(count * _TRIES):
         asked = first_of(pairs.FORMS, chance, *views)
@@ -150,7 +149,7 @@ def _interview(scene: Scene, chance: Chance, count: int, kinds: list[str], follo
     ``follow_ups`` is the share of turns about one thing that the next goes on about.
     """
     _check(count)
-    view = View(scene)
+    view = SceneView(scene)
     questions: list[Question] = []
     queue: list[str] = []
     exhausted: list[str] = []

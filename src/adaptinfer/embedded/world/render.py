@@ -21,28 +21,20 @@ from adaptinfer.embedded.world.masks import (
 )
 from adaptinfer.embedded.world.things import SIGN, Scene, Thing
 
-RGB: dict[str, tuple[int, int, int]] = {
-    "red": (214, 32, 38),
-    "green": (34, 158, 58),
-    "blue": (36, 74, 214),
-    "yellow": (248, 222, 40),
-    "purple": (134, 40, 176),
-    "orange": (246, 128, 18),
-    "white": (250, 250, 250),
-    "black": (14, 14, 16),
+_COLOURS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
+    "red": ((214, 32, 38), (120, 4, 10)),
+    "green": ((34, 158, 58), (6, 82, 24)),
+    "blue": ((36, 74, 214), (8, 22, 112)),
+    "yellow": ((248, 222, 40), (176, 146, 0)),
+    "purple": ((134, 40, 176), (66, 6, 96)),
+    "orange": ((246, 128, 18), (164, 74, 0)),
+    "white": ((250, 250, 250), (168, 168, 172)),
+    "black": ((14, 14, 16), (86, 86, 90)),
 }
+RGB = {name: first for name, (first, _) in _COLOURS.items()}
 """RGB, 0 to 255, of each colour of things. Backgrounds are of middle brightness and nearly grey, so equal to none."""
 
-SHADES: dict[str, tuple[int, int, int]] = {
-    "red": (120, 4, 10),
-    "green": (6, 82, 24),
-    "blue": (8, 22, 112),
-    "yellow": (176, 146, 0),
-    "purple": (66, 6, 96),
-    "orange": (164, 74, 0),
-    "white": (168, 168, 172),
-    "black": (86, 86, 90),
-}
+SHADES = {name: second for name, (_, second) in _COLOURS.items()}
 """The second colour of each colour's patterns: darker, for black lighter."""
 
 OUTLINES = {"dark": (20, 20, 24), "light": (244, 244, 240)}

@@ -1,4 +1,4 @@
-"""How a scene is drawn at random from a seed; this module also has all the names of :mod:`things` and :class:`Chance`.
+"""How a scene is drawn at random from a seed.
 
 Everything follows from one integer seed through :class:`Chance`; no global random state is read or changed, and the
 same seed gives the same scene on every machine and every Python. :mod:`~adaptinfer.embedded.world.render` makes the
@@ -24,7 +24,6 @@ from adaptinfer.embedded.world.things import (
     SHAPES,
     SIGN,
     SIZES,
-    SPLITS,
     VERSION,
     WORDS,
     Background,
@@ -33,12 +32,6 @@ from adaptinfer.embedded.world.things import (
     Thing,
     split_of,
 )
-
-__all__ = [
-    "BACKGROUNDS", "COLOURS", "DIGITS", "FONTS", "GAP", "HELD_OUT", "LETTERED", "LETTERS", "MAX_ALIKE", "MAX_OVERLAP",
-    "MAX_THINGS", "MIN_GRID", "MIN_THINGS", "NUMBERS", "OUTLINES", "PATTERNS", "SHAPES", "SIGN", "SIZES", "SPLITS",
-    "VERSION", "WORDS", "Background", "Blot", "Chance", "Scene", "Thing", "sample_scene", "split_of",
-]  # fmt: skip
 
 MIN_GRID = 12
 MIN_THINGS, MAX_THINGS = 4, 14

@@ -43,25 +43,14 @@ DIGITS = tuple("0123456789")
 FONTS = 3
 """Fonts that text is drawn in; ``Thing.font`` is the number of one."""
 
-LETTERED = {
-    "medium": frozenset(("circle", "square", "heart")),
-    "large": frozenset(("circle", "square", "heart", "diamond")),
-}
+LETTERED = {"medium": {"circle", "square", "heart"}, "large": {"circle", "square", "heart", "diamond"}}
 """The shapes of each size that have room in the middle for a letter or a digit. Of medium things these alone can also
 have two of a pattern, an outline and a text; others have one of them, or none could be seen at 12 pixels a patch."""
 
 HELD_OUT = frozenset(
-    (
-        ("circle", "purple"),
-        ("square", "orange"),
-        ("triangle", "white"),
-        ("star", "green"),
-        ("diamond", "red"),
-        ("heart", "blue"),
-        ("ring", "yellow"),
-        ("moon", "black"),
-    )
-)
+    {"circle": "purple", "square": "orange", "triangle": "white", "star": "green", "diamond": "red", "heart": "blue",
+     "ring": "yellow", "moon": "black"}.items()
+)  # fmt: skip
 """(shape, colour) pairs that no training scene contains; elsewhere they are as common as any other."""
 
 SPLITS: dict[str, range] = {
@@ -116,12 +105,8 @@ class Thing:
     @property
     def box(self) -> tuple[float, float, float, float]:
         """(left, top, right, bottom) in patches."""
-        return (
-            self.x - self.width / 2,
-            self.y - self.height / 2,
-            self.x + self.width / 2,
-            self.y + self.height / 2,
-        )
+        across, along = self.width / 2, self.height / 2
+        return self.x - across, self.y - along, self.x + across, self.y + along
 
     def cells(self, grid: int) -> tuple[tuple[int, int], ...]:
         """(row, col), in reading order, of every patch of a ``grid`` x ``grid`` picture that the thing stands on: its

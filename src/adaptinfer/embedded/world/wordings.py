@@ -64,10 +64,7 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     ),
     "read": ("what does {the} say", "what is written on {the}", "read {the}"),
     "caption": (
-        "name the large shapes",
-        "list the large shapes",
-        "which large shapes are there",
-        "what are the large shapes",
+        "name the large shapes", "list the large shapes", "which large shapes are there", "what are the large shapes",
     ),
     "same": (
         "what {attribute} is the other {thing} with the same {link} as {the}",
@@ -82,11 +79,7 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     "it": ("what {attribute} is it", "and what {attribute}", "what {attribute} does it have", "name its {attribute}"),
     "it symbol": ("which {symbol} is on it", "and which {symbol}", "what {symbol} is written on it"),
     "it where": ("where is it", "and where", "in which part of the picture is it"),
-    "both": (
-        "do both pictures have {a}",
-        "is there {a} in both pictures",
-        "can you see {a} in both pictures",
-    ),
+    "both": ("do both pictures have {a}", "is there {a} in both pictures", "can you see {a} in both pictures"),
     "which picture": (
         "which picture has more {group}",
         "in which picture are there more {group}",

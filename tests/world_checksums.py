@@ -1,8 +1,7 @@
 """Checksums of the scene world: the same seed makes the same bytes on every machine, and this is how one knows.
 
-``python -m adaptinfer.embedded.world.checksums`` says whether this machine agrees with the checksums that come with
-the package. With ``--write`` it writes them anew: after a change of the world, which also changes
-:data:`~adaptinfer.embedded.world.things.VERSION`.
+``python tests/world_checksums.py`` tells whether this machine agrees with the published checksums. ``--write`` replaces
+them, after a change of the world, which also changes :data:`~adaptinfer.embedded.world.things.VERSION`.
 """
 
 import json
@@ -15,7 +14,7 @@ from adaptinfer.embedded.world.render import render
 from adaptinfer.embedded.world.scene import sample_scene
 from adaptinfer.embedded.world.things import SPLITS, VERSION
 
-FILE = Path(__file__).with_name("CHECKSUMS.json")
+FILE = Path(__file__).with_suffix(".json")
 SCENES = 64
 """The first scenes of each split are summed; every fourth is a hard one."""
 
@@ -28,7 +27,7 @@ def compute() -> Checksums:
 
 
 def published() -> Checksums:
-    """The checksums that come with the package, as :func:`compute` gives them."""
+    """The published checksums, as :func:`compute` gives them."""
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
