@@ -8,14 +8,13 @@ tokens still alive, N tokens of the layer's input, L key columns, D head dimensi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "attention_rows",
-    "combine_sums",
     "counter_uniform",
     "evenly_spaced",
     "gather_tokens",
@@ -23,6 +22,7 @@ __all__ = [
     "per_sample",
     "positions_of",
     "scatter_tokens",
+    "score_of_heads",
     "select_top_k",
     "soft_prior",
     "text_guided_score",
@@ -63,8 +63,41 @@ def text_guided_score(
             f"text_to_text must be [B, H, T, T] and text_to_vision [B, H, T, V]; "
             f"got {tuple(text_to_text.shape)} and {tuple(text_to_vision.shape)}"
         )
-    sums = text_guided_sums(text_to_text, text_to_vision, text_mask)
-    return combine_sums(sums, heads, rows if text_mask is None else text_mask.sum(dim=1), prior_weight)
+    return score_of_heads([(text_to_text, text_to_vision)], heads, prior_weight, text_mask)
+
+
+def score_of_heads(
+    groups: Iterable[tuple[Tensor, Tensor]],
+    heads: int,
+    prior_weight: float,
+    text_mask: Tensor | None = None,
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """`text_guided_score` of attention that comes a few heads at a time, as `AdaptInfer` calls it.
+
+    Args:
+        groups: (text_to_text, text_to_vision) as in `text_guided_score`, each for some of the heads.
+        heads: H, over all groups and all ranks of tensor parallelism.
+        prior_weight: as in `text_guided_score`.
+        text_mask: as in `text_guided_score`.
+        total: adds a tensor up over the ranks; each call is one message between them. None on one rank.
+
+    Returns:
+        float32 scores, [B, V].
+    """
+    parts, rows = [], 0
+    for text_to_text, text_to_vision in groups:
+        parts.append(text_guided_sums(text_to_text, text_to_vision, text_mask))
+        rows = text_to_text.shape[2]
+    sums = [torch.stack(each).sum(dim=0) for each in zip(*parts, strict=True)][: 1 if prior_weight == 1.0 else 3]
+    sums = sums if total is None else [total(each) for each in sums]
+    if prior_weight == 1.0:
+        return sums[0]
+    weighted, plain, mass = sums
+    real_rows = rows if text_mask is None else text_mask.sum(dim=1).clamp(min=1)
+    # mean(S) over heads and pairs, once for each of the rows that a column of S~ is summed over
+    uniform = mass / (heads * real_rows)
+    return prior_weight * weighted + (1.0 - prior_weight) * uniform[:, None] * plain
 
 
 def text_guided_sums(
@@ -101,27 +134,6 @@ def soft_prior(text_to_text: Tensor) -> Tensor:
     """
     # Without making S: column sum and row sum of A, less the diagonal, which stands in both.
     return text_to_text.sum(dim=2) + text_to_text.sum(dim=3) - text_to_text.diagonal(dim1=2, dim2=3)
-
-
-def combine_sums(sums: Sequence[Tensor], heads: int, real_rows: int | Tensor, prior_weight: float) -> Tensor:
-    """The score from `text_guided_sums` that were added up over all heads.
-
-    Args:
-        sums: the three sums.
-        heads: H, over all groups of heads (and all ranks of tensor parallelism).
-        real_rows: text rows that are no padding: one number, or [B].
-        prior_weight: λ.
-
-    Returns:
-        float32 [B, V].
-    """
-    weighted, plain, mass = sums
-    if prior_weight == 1.0:
-        return weighted
-    rows = real_rows.clamp(min=1) if isinstance(real_rows, Tensor) else real_rows
-    # mean(S) over heads and pairs, once for each of the rows that a column of S~ is summed over
-    uniform = mass / (heads * rows)
-    return prior_weight * weighted + (1.0 - prior_weight) * uniform[:, None] * plain
 
 
 def attention_rows(

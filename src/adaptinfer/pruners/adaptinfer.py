@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from adaptinfer.functional import combine_sums, text_guided_sums
+from adaptinfer.functional import score_of_heads
 from adaptinfer.pruners.contracts import Pruner, PrunerError
 from adaptinfer.pruners.views import StageView
 from adaptinfer.schedule import preset
@@ -47,9 +46,5 @@ class AdaptInfer(Pruner):
         return cls(schedule=preset(f"{model}/{nominal}"), positions=positions)
 
     def score(self, view: StageView) -> Tensor:
-        parts = [text_guided_sums(part.text_to_text, part.text_to_vision, view.text_mask) for part in view.by_heads()]
-        needed = 1 if self.prior_weight == 1.0 else 3  # each is one message between the ranks of tensor parallelism
-        sums = [torch.stack(each).sum(dim=0) for each in zip(*parts, strict=True)]
-        sums = [view.total(each) for each in sums[:needed]] + sums[needed:]
-        rows = view.text_index.shape[1] if view.text_mask is None else view.text_mask.sum(dim=1)
-        return combine_sums(sums, view.all_heads, rows, self.prior_weight)
+        groups = ((part.text_to_text, part.text_to_vision) for part in view.by_heads())
+        return score_of_heads(groups, view.all_heads, self.prior_weight, view.text_mask, view.total)
