@@ -469,7 +469,7 @@ def test_any_one_bad_row_costs_that_row(tmp_path, reader):
     rows = ['{"image": "a.png", "question": "what \\ud800 is it"}', "[" * 200_000]
     (tmp_path / "q.jsonl").write_text("\n".join(rows))
     folder = FolderSource(tmp_path)
-    with pytest.raises(InputError, match="q.jsonl line 1: question: character 6 is no Unicode text"):
+    with pytest.raises(InputError, match="q.jsonl line 1: question: character 6 is not Unicode text"):
         reader.read(0, folder[0])
     with pytest.raises(InputError, match="q.jsonl line 2: not JSON that can be read"):
         folder[1]

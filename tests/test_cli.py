@@ -109,7 +109,7 @@ def ask(checkpoint, photo):
 
 
 def vanilla_answer(checkpoint: str, photo: str) -> str:
-    """What transformers answers by itself."""
+    """What transformers answers without us."""
     model: torch.nn.Module = AutoModelForImageTextToText.from_pretrained(checkpoint)
     processor = AutoProcessor.from_pretrained(checkpoint)
     inputs = processor(text=f"USER: <image>\n{QUESTION} ASSISTANT:", images=Image.open(photo), return_tensors="pt")
@@ -579,7 +579,7 @@ def test_the_command_line_alone_imports_nothing_heavy():
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_behind_standard_output():
+def test_a_full_disk_under_standard_output():
     command = [sys.executable, "-m", "adaptinfer", "presets"]
     with Path("/dev/full").open("w") as full:
         run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)

@@ -37,7 +37,7 @@ PROCESSORS = {
 @pytest.mark.parametrize("size", [(140, 70), (70, 140), (112, 112), (133, 61)])
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_cells_are_what_the_processor_shows(name, size):
-    """Paint the part behind one token white: in the processor's own output, that patch and no other lights up."""
+    """Paint one token's part white: in the processor's own output, that patch and no other lights up."""
     processor = PROCESSORS[name]
     grid = square_grid(49, seen_region(size, processor))
     lit = 0
@@ -91,11 +91,11 @@ def test_tokens_are_placed_row_by_row_and_picture_by_picture():
 @pytest.mark.parametrize(
     ("tokens", "sizes", "inputs", "message"),
     [
-        (50, [(10, 10)], {}, "no square grid"),
+        (50, [(10, 10)], {}, "not a square grid"),
         (99, [(10, 10)] * 2, {}, "cannot be drawn yet"),
         (49, [(10, 10)], {"image_sizes": torch.tensor([[10, 10]])}, "cannot be drawn yet"),
         (13, [(10, 10)], {"image_grid_thw": torch.tensor([[1, 6, 8]])}, "13 vision tokens, which do not fit 3 x 4"),
-        (12, [(10, 10)], {"image_grid_thw": torch.tensor([[2, 4, 6]])}, "are no picture"),
+        (12, [(10, 10)], {"image_grid_thw": torch.tensor([[2, 4, 6]])}, "are not one picture"),
     ],
 )
 def test_tokens_that_fit_no_grid_are_refused(tokens, sizes, inputs, message):

@@ -1,4 +1,4 @@
-"""Ask a model about pictures, and measure what pruning changes: everything behind ``adaptinfer ask`` but the terminal.
+"""Ask a model about pictures, and measure what pruning changes: all of ``adaptinfer ask`` except the terminal.
 
     checkpoint = Checkpoint("embedded")                                  # reads config and processor, no weights yet
     prompt = checkpoint.prompt(read_pictures(["photo.png"]), "What colour is the star?")
@@ -14,16 +14,16 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
-    from adaptinfer.checkpoints import Checkpoint, Prompt
-    from adaptinfer.engine.report import Report
-    from adaptinfer.pruners.contracts import Pruner
-
-__all__ = ["Answer", "Comparison", "Latency", "ask", "timed"]
+from adaptinfer.checkpoints import Checkpoint, Prompt
+from adaptinfer.engine.attach import disabled
+from adaptinfer.engine.report import Report
+from adaptinfer.pruners.contracts import Pruner
 
 WARM_UPS, REPEATS, LEAST_REPEATS = 2, 10, 3
 DECODED_TOKENS = 16  # beyond the first
@@ -31,7 +31,7 @@ MEASURING_SECONDS = 60.0  # after which no further repeat is begun
 
 
 def _nothing(_: str) -> None:
-    """The progress callback of callers who want none."""
+    """The default progress callback."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,11 @@ def ask(
         pruner: what to keep.
         max_new_tokens: longest answer.
         compare: also answer without pruning, and measure the latency of both.
-        progress: told in a few words what is going on.
+        progress: called with a few words for each step.
 
     Raises:
         InputError, ScheduleError, UnsupportedError: before any weight is read, for what can be known by then.
     """
-    from adaptinfer.engine.attach import disabled
-
     checkpoint.check(pruner, prompt)
     progress(f"loading {checkpoint.name}")
     model = checkpoint.load()
@@ -125,8 +123,6 @@ def _measure(
     model: Any, inputs: dict[str, Tensor], device: str, progress: Callable[[str], None]
 ) -> tuple[Latency, Latency]:
     """Latency without and with pruning, in turn, so that whatever else the machine does meets both alike."""
-    from adaptinfer.engine.attach import disabled
-
     runs: dict[str, list[tuple[float, float]]] = {"vanilla": [], "pruned": []}
     started = time.perf_counter()
     for repeat in range(-WARM_UPS, REPEATS):
@@ -147,8 +143,6 @@ def _measure(
 
 def timed(model: Any, inputs: dict[str, Tensor], device: str) -> tuple[float, float]:
     """Milliseconds to the first token, and per token after it."""
-    import torch
-    from transformers import StoppingCriteria, StoppingCriteriaList
 
     def now() -> float:
         if device.startswith("cuda"):
@@ -156,7 +150,7 @@ def timed(model: Any, inputs: dict[str, Tensor], device: str) -> tuple[float, fl
         return time.perf_counter()
 
     class Clock(StoppingCriteria):
-        """Asked after every token whether to stop; never does, but looks at its watch."""
+        """Notes the time after every token, and never stops."""
 
         def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
             times.append(now())

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from adaptinfer.errors import InputError
+from adaptinfer.errors import InputError, UnsupportedError, first_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from adaptinfer.engine.families import Family
     from adaptinfer.pictures import Picture
     from adaptinfer.pruners.contracts import Pruner
-
-__all__ = ["EMBEDDED", "Checkpoint", "DType", "Prompt", "check_question", "processed"]
 
 EMBEDDED = "embedded"
 """The name of the model that comes with the package."""
@@ -37,7 +35,7 @@ class Prompt:
 
     Attributes:
         pictures: what was asked about.
-        question: as it was given, without blanks around it.
+        question: as given, without surrounding whitespace.
         inputs: the processor's tensors, on the CPU.
         vision_tokens: how many of the prompt's tokens stand for the pictures.
         unknown_words: words of the question that the model's tokenizer has no token for.
@@ -61,7 +59,7 @@ class Checkpoint:
 
     Raises:
         InputError: there is no such checkpoint, it cannot be read, or there is no such device.
-        UnsupportedError: the model is of no family that AdaptInfer supports.
+        UnsupportedError: AdaptInfer does not support this kind of model.
     """
 
     def __init__(
@@ -72,7 +70,7 @@ class Checkpoint:
         from adaptinfer.engine.families import placeholders_of
 
         self.name = name
-        self.device = _device(device)
+        self.device = resolve_device(device)
         self.dtype: str = "float32" if dtype == "auto" and self.device == "cpu" else dtype
         self._trust = trust_remote_code
         self._source = _source(name)
@@ -131,9 +129,7 @@ class Checkpoint:
         try:
             inputs = dict(processed(processor, [picture.image for picture in pictures], question))
         except (ValueError, IndexError, RuntimeError) as error:
-            raise InputError(
-                f"model {self.name!r}: its processor refuses this prompt ({_first_line(error)})"
-            ) from error
+            raise InputError(f"model {self.name!r}: its processor refuses this prompt ({first_line(error)})") from error
         ids = inputs["input_ids"]
         vision_tokens = sum(int((ids == token).sum()) for token in self._placeholders)
         if not vision_tokens:
@@ -145,10 +141,8 @@ class Checkpoint:
 
         Raises:
             ScheduleError: a schedule for another depth, or a budget that cannot be met.
-            UnsupportedError: the model is of no kind that pruning fits, or positions are compact where they cannot be.
+            UnsupportedError: pruning does not fit this model, or positions are compact where only 'keep' works.
         """
-        from adaptinfer.errors import UnsupportedError
-
         if pruner.positions == "compact" and self.family.rotary is None:
             raise UnsupportedError(f"positions: {self.config.model_type} supports 'keep' only, not 'compact'")
         if pruner.schedule is not None:
@@ -182,17 +176,18 @@ class Checkpoint:
 
 
 def check_question(question: str) -> str:
-    """The question without blanks around it. Raises InputError if nothing is left, or it is no text."""
+    """The question without surrounding whitespace. Raises InputError if nothing is left, or it is no text."""
     if not question.strip():
         raise InputError("question: is empty")
     try:
         question.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, which tokenizers cannot take
-        raise InputError(f"question: character {error.start + 1} is no Unicode text (a lone surrogate)") from None
+        raise InputError(f"question: character {error.start + 1} is not Unicode text (a lone surrogate)") from None
     return question.strip()
 
 
-def _device(name: str) -> str:
+def resolve_device(name: str) -> str:
+    """The device of that name; ``"auto"`` is a GPU if there is one. Raises InputError if it cannot be used."""
     import torch
 
     if name == "auto":
@@ -200,15 +195,15 @@ def _device(name: str) -> str:
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps", "xpu"):
-            raise InputError(f"device {name!r}: is none to run a model on; cpu, cuda, cuda:1, mps and xpu are")
+            raise InputError(f"device {name!r}: not a device that models run on; use cpu, cuda, cuda:1, mps or xpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch without CUDA
-        raise InputError(f"device {name!r}: cannot be used here ({_first_line(error)})") from None
+        raise InputError(f"device {name!r}: cannot be used here ({first_line(error)})") from None
     return name
 
 
 def _source(name: str) -> str:
-    """The folder or hub id behind a model's name."""
+    """The folder or hub id that a model's name stands for."""
     if name == EMBEDDED:
         from adaptinfer import embedded
 
@@ -243,7 +238,7 @@ def _check_weight_files(name: str, source: str) -> None:
 
 @contextmanager
 def _reading(name: str, what: str) -> Iterator[None]:
-    """Turn whatever transformers raises over a checkpoint into one clear line."""
+    """Turn any error of transformers about a checkpoint into one clear line."""
     try:
         yield
     except Exception as error:  # a foreign checkpoint may break its reader in any way
@@ -271,12 +266,7 @@ def _why_unreadable(error: Exception, what: str) -> str:
     if chain & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError"}:
         where = "offline mode is on" if is_offline_mode() else "the Hugging Face hub cannot be reached"
         return f"no such folder, not downloaded before, and {where}"
-    return f"its {what} cannot be read ({type(error).__name__}: {_first_line(error)})"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    return f"its {what} cannot be read ({type(error).__name__}: {first_line(error)})"
 
 
 def processed(processor: Any, images: list[Image.Image], question: str) -> Any:

@@ -25,3 +25,8 @@ def check_whole(name: str, value: Any, least: int = 1) -> None:
     """Raise InputError unless an argument is a whole number of at least ``least``; a bool is rejected."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{name}: must be a whole number from {least} on, not {value!r}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, or its type: for one sentence of ours that quotes it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -14,7 +14,7 @@ def write_whole(path: str | Path, data: bytes) -> None:
     """Write a file beside its place and move it there, so that a full disk leaves what was there before.
 
     Raises:
-        OSError: it cannot be written; nothing is left behind.
+        OSError: it cannot be written; nothing is left over.
     """
     target = Path(path)
     if target.exists() and not target.is_file():  # /dev/stdout and its like cannot be moved onto

@@ -55,7 +55,7 @@ class Grid:
         return self.rows * self.columns
 
     def cell(self, row: int, column: int) -> Region:
-        """The part of the original picture behind one token."""
+        """The part of the original picture that one token stands for."""
         left, top, right, bottom = self.region
         width, height = (right - left) / self.columns, (bottom - top) / self.rows
         return left + column * width, top + row * height, left + (column + 1) * width, top + (row + 1) * height
@@ -80,7 +80,7 @@ def picture_grids(
         patches = [tuple(map(int, grid)) for grid in inputs["image_grid_thw"]]
         grids = [merged_grid(grid, merge, size) for grid, size in zip(patches, sizes, strict=True)]
     elif "image_sizes" in inputs or vision_tokens % len(sizes):
-        raise OverlayError("overlay: this model cuts pictures in a way of its own, which cannot be drawn yet")
+        raise OverlayError("overlay: this model splits pictures into tiles, which cannot be drawn yet")
     else:
         tokens = vision_tokens // len(sizes)
         grids = [square_grid(tokens, seen_region(size, image_processor)) for size in sizes]
@@ -96,7 +96,7 @@ def square_grid(tokens: int, region: Region) -> Grid:
     """As many rows as columns, as in LLaVA. Raises OverlayError if the number is no square."""
     side = math.isqrt(tokens)
     if not tokens or side * side != tokens:
-        raise OverlayError(f"overlay: {tokens} vision tokens are no square grid")
+        raise OverlayError(f"overlay: {tokens} vision tokens are not a square grid")
     return Grid(side, side, region)
 
 
@@ -110,7 +110,9 @@ def merged_grid(grid_thw: tuple[int, ...], merge: int, size: tuple[int, int]) ->
     """
     time, down, across = grid_thw
     if time != 1 or down % merge or across % merge:
-        raise OverlayError(f"overlay: {time} x {down} x {across} patches, merged {merge} x {merge}, are no picture")
+        raise OverlayError(
+            f"overlay: {time} x {down} x {across} patches, merged {merge} x {merge}, are not one picture"
+        )
     return Grid(down // merge, across // merge, (0.0, 0.0, float(size[0]), float(size[1])))
 
 

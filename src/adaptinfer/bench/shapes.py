@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from adaptinfer.errors import InputError
+from adaptinfer.errors import InputError, first_line
 from adaptinfer.schedule import MODEL_SHAPES
 
 
@@ -48,8 +48,9 @@ def outline(config: Any, dtype: str, attention: str) -> Any:
                 config, dtype=getattr(torch, dtype), attn_implementation=attention
             )
     except (ImportError, ValueError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise InputError(f"{config.model_type} with attention {attention!r}: cannot be made here ({why})") from None
+        raise InputError(
+            f"{config.model_type} with attention {attention!r}: cannot be made here ({first_line(error)})"
+        ) from None
     return model.eval()
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from adaptinfer.bench.memory import free_bytes
 from adaptinfer.bench.prompts import NoisePicture, picture_by_processor, picture_for
 from adaptinfer.bench.shapes import fill, outline, shape_named
+from adaptinfer.checkpoints import DType, resolve_device
 from adaptinfer.engine.families import Family
 from adaptinfer.errors import InputError
 from adaptinfer.schedule import ModelShape, Schedule
-
-DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def checked_device(name: str) -> str:
@@ -23,15 +20,9 @@ def checked_device(name: str) -> str:
     Raises:
         InputError: it is neither a CPU nor a CUDA device, or there is no such device here.
     """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.partition(":")[0] not in ("cpu", "cuda"):
+    if name != "auto" and name.partition(":")[0] not in ("cpu", "cuda"):
         raise InputError(f"device {name!r}: only cpu, cuda and cuda:N can be measured")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        raise InputError(f"device {name!r}: cannot be used here ({str(error).strip().splitlines()[0]})") from None
-    return name
+    return resolve_device(name)
 
 
 class Subject:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from adaptinfer.errors import InputError
+from adaptinfer.errors import InputError, first_line
 from adaptinfer.pictures import read_pictures
 
 IMAGES, QUESTIONS, KINDS = ("images", "image"), ("question", "text", "prompt"), ("kind", "type", "question_type")
@@ -92,12 +92,6 @@ def digest_of_images(images: Any, folder: Path) -> str | None:
             return None
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a foreign error's message, or its type."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
 
 
 def _image(image: Any, folder: Path) -> Image.Image:

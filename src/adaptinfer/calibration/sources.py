@@ -17,10 +17,9 @@ from adaptinfer.calibration.samples import (
     Source,
     digest_of_images,
     field_of,
-    first_line,
     sample_from,
 )
-from adaptinfer.errors import InputError
+from adaptinfer.errors import InputError, first_line
 
 HUB = "hf:"
 

@@ -45,7 +45,7 @@ def presets() -> None:
     table = terminal.table(console, *_PRESET_COLUMNS, "without early drop")
     for name, schedule in PRESETS.items():
         if schedule.vision_tokens is None:
-            many = 1_000_000  # a share has no count of its own
+            many = 1_000_000  # a share has no count
             nominal, true = f"{schedule.nominal:.0%}", f"{schedule.true_average(many) / many:.1%}"
         else:
             nominal, true = f"{schedule.nominal:g}", f"{schedule.true_average():.1f} of {schedule.vision_tokens}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
+
+from adaptinfer import checkpoints
 
 DEFAULT_BUDGET = 0.33
 """Default share of the vision tokens that a decoder layer gets on average: about 192 of 576."""
@@ -27,7 +29,7 @@ Device = Annotated[
     str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps; auto is cuda if there is one, else cpu.")
 ]
 DType = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
+    checkpoints.DType,
     typer.Option(metavar="NAME", help="float32, bfloat16, float16; auto is float32 on a CPU, else the model's own."),
 ]
 Budget = Annotated[

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from adaptinfer.errors import InputError
+from adaptinfer.errors import InputError, first_line
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _TIMEOUT_SECONDS = 20
@@ -67,7 +67,7 @@ def inline_pictures(body: dict[str, Any]) -> None:
             with Image.open(io.BytesIO(data)) as picture:
                 picture.load()
         except Exception as error:  # decoders raise of all kinds: OSError, SyntaxError, struct.error, a bomb's own
-            raise InputError(f"{where}: is no picture that can be read ({_reason(error)})") from error
+            raise InputError(f"{where}: is no picture that can be read ({first_line(error)})") from error
         part["image_url"] = {"url": "data:image/any;base64," + base64.b64encode(data).decode()}
 
 
@@ -170,7 +170,7 @@ def _decoded(url: str, where: str) -> bytes:
             raise ValueError("data:image/png;base64,... is the form")
         return base64.b64decode(text, validate=True)
     except ValueError as error:
-        raise InputError(f"{where}: is no base64 data URL ({_reason(error)})") from error
+        raise InputError(f"{where}: is no base64 data URL ({first_line(error)})") from error
 
 
 def _fetched(url: str, where: str) -> bytes:
@@ -179,11 +179,7 @@ def _fetched(url: str, where: str) -> bytes:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:  # http or https only
             data = response.read(_LARGEST_BYTES + 1)
     except Exception as error:  # OSError, HTTPException, ValueError of an odd address
-        raise InputError(f"{where}: cannot be fetched ({_reason(error)})") from error
+        raise InputError(f"{where}: cannot be fetched ({first_line(error)})") from error
     if len(data) > _LARGEST_BYTES:
         raise InputError(f"{where}: is larger than {_LARGEST_BYTES // 2**20} MiB")
     return data
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -13,7 +13,7 @@ from typing import Any
 
 from adaptinfer.checkpoints import Checkpoint
 from adaptinfer.engine.attach import attach
-from adaptinfer.errors import InputError
+from adaptinfer.errors import InputError, first_line
 from adaptinfer.pruners import Pruner
 from adaptinfer.serving.requests import check_chat, check_completion, inline_pictures
 
@@ -91,7 +91,7 @@ def application(checkpoint: Checkpoint, pruner: Pruner | None) -> Any:
             return await handlers[path].handle_request(body, f"chatcmpl-{uuid.uuid4().hex}")
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, TemplateError) as error:
             # The last five: fields that handlers and chat templates read unchecked, such as tools.
-            raise HTTPException(400, _first_line(error)) from error
+            raise HTTPException(400, _why(error)) from error
 
     for path in handlers:
         app.add_route(path, answer, methods=["POST"])
@@ -116,7 +116,7 @@ def application(checkpoint: Checkpoint, pruner: Pruner | None) -> Any:
 
     @app.exception_handler(Exception)
     async def fail(request: Request, error: Exception) -> Any:
-        return told(500, f"{type(error).__name__}: {_first_line(error)}")
+        return told(500, f"{type(error).__name__}: {_why(error)}")
 
     return app
 
@@ -152,7 +152,7 @@ def _bounded(generate: Any, longest: int | None) -> Any:
     return checked
 
 
-def _first_line(error: BaseException) -> str:
+def _why(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"{error.args[0]!r} is missing"
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return first_line(error)
