@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import vision
 from conftest import engine, inputs, parameters, picture, request, served, words
 
@@ -89,6 +90,10 @@ def test_a_picture_without_a_question_is_kept_whole(folder, reference):
         assert served(llm, requests) == wanted  # the prefix cache now knows all of them
 
 
+@pytest.mark.skipif(
+    not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()),
+    reason="vLLM quantises keys and values on CPUs with AVX-512 or AMX only",
+)
 def test_quantised_keys_and_values(folder):
     """Scores read the keys before they are quantised; the rest is vLLM's own, so keeping all is the measure."""
     requests = mixed(20)
