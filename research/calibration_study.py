@@ -78,9 +78,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=4, help="for each of them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="as few samples, draws, budgets and scenes as make sense")
-    parser.add_argument(
-        "-o", "--output", type=Path, help="default: build/results/calibration_study, or -quick behind it"
-    )
+    parser.add_argument("-o", "--output", type=Path, help="default: build/results/calibration_study (-quick if quick)")
     options = parser.parse_args()
     if options.quick:
         options.samples, options.repeats, options.budgets, options.scenes = 64, 2, [0.22], 4

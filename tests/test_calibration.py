@@ -339,7 +339,7 @@ def test_too_many_bad_samples_end_the_run(tmp_path):
 
 
 def test_skipped_samples_are_tried_again_and_parts_without_stay(tmp_path):
-    """A picture that was mended is read; one that still cannot be used costs a look at it alone."""
+    """A picture that was repaired is read; one that still cannot be used costs a look at it alone."""
     recording = Recording(tmp_path / "r", ABOUT)
     with pytest.raises(InputError, match="cannot be used"):
         record(FakeReader(), Source(bad=(1, 2, 17)), recording, 20, quiet)

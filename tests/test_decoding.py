@@ -404,7 +404,7 @@ def test_early_exit_is_refused():
 
 @torch.no_grad()
 def forward(model, inputs, cache, new=None, rows=None):
-    """Logits of the prompt, or of its last ``new`` tokens behind a cache; positions as generate numbers them."""
+    """Logits of the prompt, or of its last ``new`` tokens after a cache; positions as generate numbers them."""
     inputs = {key: value if rows is None or "pixel" in key else value[rows] for key, value in inputs.items()}
     places = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     if new is not None:

@@ -167,7 +167,7 @@ def test_reordering_moves_the_history(models):
         cache.reorder_cache(swap)
         histories = {id(layer.history) for layer in cache.layers if getattr(layer, "history", None)}
         torch.testing.assert_close(decode(cache, [1, 0]), plain[swap], atol=1e-6, rtol=0)
-    assert len(histories) == 2, "layers behind one stage share one history"
+    assert len(histories) == 2, "layers after one stage share one history"
 
 
 def test_another_attached_model_inside_a_forward(models):
@@ -386,8 +386,8 @@ def test_a_video_of_thousands_of_tokens():
 
     def hook_for(number):
         def hook(module, args, kwargs):
-            behind = [layer for layer in alive if layer < number]
-            seen = causal[None, None] & alive[max(behind)][:, None, None, :] if behind else causal[None, None]
+            earlier = [layer for layer in alive if layer < number]
+            seen = causal[None, None] & alive[max(earlier)][:, None, None, :] if earlier else causal[None, None]
             return args, {**kwargs, "attention_mask": seen}
 
         return hook

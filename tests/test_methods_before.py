@@ -151,7 +151,7 @@ def test_vispruner_drops_near_duplicates_among_the_rest():
 
 
 def test_vispruner_pairs_by_falling_attention():
-    """Attention takes 3; behind it stand 1 0 2 4, at 5 0 180 and 90 degrees. 1 and 2 meet 0 and 4: 1 goes, by 5."""
+    """Attention takes 3; then come 1 0 2 4, at 5 0 180 and 90 degrees. 1 and 2 meet 0 and 4: 1 goes, by 5."""
     angles = torch.tensor([0.0, 5, 180, 45, 90]).deg2rad()
     features = torch.stack([angles.cos(), angles.sin()], dim=1)[None]
     view = view_of(features, 4, attention=torch.tensor([[[3.0, 4, 2, 9, 1]]]))

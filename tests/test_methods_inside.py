@@ -51,16 +51,16 @@ class Layer:
         self._attentions, self._hidden = out.attentions, out.hidden_states
         self.positions = {token: place for place, token in enumerate(sorted(given["real"]))}
 
-    def attention(self, behind=0):
+    def attention(self, after=0):
         """[H, N, N] of this layer, or of the next."""
-        return self._attentions[self.number + behind][self.b].double().numpy()
+        return self._attentions[self.number + after][self.b].double().numpy()
 
-    def hidden(self, behind=0):
+    def hidden(self, after=0):
         """[N, d] entering this layer, or the next."""
-        return self._hidden[self.number + behind][self.b].double().numpy()
+        return self._hidden[self.number + after][self.b].double().numpy()
 
     def normed(self):
-        """[N, d] leaving this layer, behind the last normalisation."""
+        """[N, d] leaving this layer, after the last normalisation."""
         with torch.no_grad():
             return self.model.get_decoder().norm(self._hidden[self.number + 1][self.b]).double().numpy()
 
@@ -88,13 +88,13 @@ def fastv_all(layer, keep):
 
 
 def pyramiddrop(layer, keep):
-    a = layer.attention(behind=1)
+    a = layer.attention(after=1)
     return {v: np.mean([a[h, layer.text[-1], v] for h in range(4)]) for v in layer.vision}
 
 
 def v2drop(layer, keep):
-    before, behind = layer.hidden(), layer.hidden(behind=1)
-    return {v: math.sqrt(sum((x - y) ** 2 for x, y in zip(behind[v], before[v], strict=True))) for v in layer.vision}
+    before, after = layer.hidden(), layer.hidden(after=1)
+    return {v: math.sqrt(sum((x - y) ** 2 for x, y in zip(after[v], before[v], strict=True))) for v in layer.vision}
 
 
 def fitprune(layer, keep):

@@ -134,7 +134,7 @@ def test_coverage_is_what_its_formula_says(models, covers, words):
 
 
 def test_keys_cover_with_their_positions(models):
-    """All heads' keys behind rotary embedding, one vector a token."""
+    """All heads' keys after rotary embedding, one vector a token."""
     seen = []
 
     class Looking(TextGuided):

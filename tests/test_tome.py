@@ -39,7 +39,7 @@ def reference(tower, pixels, left):
     """The tower of one picture with tokens that really merge: [groups, d] and the members of each.
 
     Args:
-        left: groups behind each block.
+        left: groups after each block.
     """
     vision = tower.vision_model if hasattr(tower, "vision_model") else tower
     hidden = vision.embeddings(pixels[None])
@@ -76,7 +76,7 @@ def reference(tower, pixels, left):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_equal_tokens_are_merged_ones(attention):
-    """29 of 49 tokens: 39 behind the first of two blocks."""
+    """29 of 49 tokens: 39 after the first of two blocks."""
     model, prompt = tiny.llava(attention), tiny.simple("llava", seed=1)
     inputs = tiny.batch("llava", [prompt])
     seen = []
