@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from adaptinfer import AdaptInfer, PrunerError, from_pretrained
 from adaptinfer.bench.variants import check_names, variants
 from adaptinfer.cli.app import app
+from adaptinfer.evaluation.conditions import Condition
 from adaptinfer.pruners import METHODS, DivPrune, registry
 from adaptinfer.serving.settings import pruner_from
 
@@ -58,6 +59,20 @@ def mine(tmp_path, monkeypatch):
     importlib.invalidate_caches()
     yield importlib.import_module("outside_methods").Mine
     importlib.sys.modules.pop("outside_methods")
+
+
+def test_an_edited_method_is_another_condition(mine, tmp_path):
+    """A stopped evaluation must not go on with the answers of an earlier version of a method."""
+
+    def identity(pruner):
+        return Condition("name", "series", pruner=pruner).identity()
+
+    alone, composed = mine(budget=3), DivPrune(budget=9) >> mine(budget=3)
+    before = identity(alone), identity(composed)
+    assert all("code" in each for each in before)
+    assert "code" not in identity(AdaptInfer(budget=3))  # as older runs wrote it
+    (tmp_path / "outside_methods.py").write_text(METHOD.replace("** self.power", "* -1"))
+    assert identity(alone) != before[0] and identity(composed) != before[1]
 
 
 def test_names_and_addresses(mine):

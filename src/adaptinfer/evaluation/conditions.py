@@ -69,7 +69,9 @@ class Condition:
     def identity(self) -> dict[str, Any]:
         """Plain values that tell this condition from any other."""
         settings = None if self.pruner is None else repr(self.pruner)  # a dataclass: its class and all fields
-        return {"name": self.name, "view": self.view, "seeds": self.seeds, "budget": self.budget, "settings": settings}
+        plain = {"name": self.name, "view": self.view, "seeds": self.seeds, "budget": self.budget, "settings": settings}
+        code = None if self.pruner is None else registry.code_digest(self.pruner)
+        return plain if code is None else {**plain, "code": code}
 
 
 def conditions(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import hashlib
+import inspect
 import pkgutil
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 
 from adaptinfer.pruners.contracts import Pruner, PrunerError
 
@@ -42,6 +47,27 @@ def find(name: str) -> type[Pruner]:
     if not (isinstance(method, type) and issubclass(method, Pruner)):
         raise PrunerError(f"method: {name!r} must be a subclass of adaptinfer.Pruner, not {method!r}")
     return method
+
+
+def code_digest(pruner: Pruner) -> str | None:
+    """A digest of the modules that define a pruner and its parts outside this package; None if all of it is ours.
+
+    Work that is stopped and goes on later must not mix the answers of two versions of a method.
+    """
+    parts, files = [pruner], set()
+    while parts:
+        part = parts.pop()
+        if not type(part).__module__.startswith("adaptinfer."):
+            with contextlib.suppress(TypeError):  # typed into an interpreter, so there is no file
+                files.add(inspect.getfile(type(part)))
+        values = (getattr(part, field.name) for field in dataclasses.fields(part))
+        parts += [value for value in values if isinstance(value, Pruner)]
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
 
 
 def _installed() -> dict[str, EntryPoint]:
