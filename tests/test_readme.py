@@ -120,3 +120,8 @@ def test_every_research_script_is_listed():
     scripts = [path.name for path in research.rglob("*.py")]
     assert scripts
     assert [name for name in scripts if f"{name}`" not in text] == []
+
+
+def test_the_plot_of_the_page_is_the_committed_runs():
+    drawn = ROOT / "research" / "results" / "evaluation" / "world.png"
+    assert (ROOT / "docs" / "images" / "accuracy.png").read_bytes() == drawn.read_bytes()

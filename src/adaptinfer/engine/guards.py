@@ -183,7 +183,7 @@ def check_counts(pruner: Pruner, cache: Any) -> None:
 
 
 def check_padding(on_the_right: bool) -> None:
-    """Refuse to generate from prompts that end with padding, whose last rows are no token's.
+    """Refuse to generate from prompts that end with padding: its last rows are padding.
 
     Raises:
         UnsupportedError: a prompt does.

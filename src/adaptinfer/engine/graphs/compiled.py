@@ -192,7 +192,7 @@ class Compiled:
         like: tuple[Tensor, Tensor],
         arguments: dict[str, Any],
     ) -> Lease | None:
-        """A lease on a graph that has room for what is left of the answer; None if there is none to be had."""
+        """A lease on a graph that has room for what is left of the answer; None if no graph is free."""
         room = max(1, min(_MOST_ROOM, call.prompt + call.most - past))
         options = _options(arguments)
         histories = groups_of(cache, room, self._bucket)
